@@ -1,0 +1,1 @@
+"""Serverless publish/subscribe for plain Python scripts."""

@@ -1,0 +1,1 @@
+"""Who else is interested: mDNS, an embedded Kademlia DHT, bootstrap addresses."""

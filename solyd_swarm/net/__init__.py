@@ -1,0 +1,1 @@
+"""Encrypted channels over TCP, and the driver that runs the core on an event loop."""

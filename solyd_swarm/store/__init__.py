@@ -1,0 +1,1 @@
+"""What a node remembers: its keys, its epochs, what it has delivered."""
