@@ -79,7 +79,7 @@ class Neighbor(Frame, frozen=True, array_like=True):
 
 
 class NeighborReply(Frame, frozen=True, array_like=True):
-    """Answers Join and Neighbor. A refusal names others to try."""
+    """Answers Join and Neighbor, and names others to try."""
 
     TYPE: ClassVar[int] = 0x23
     accepted: bool
@@ -96,7 +96,10 @@ class Shuffle(Frame, frozen=True, array_like=True):
 
 
 class ShuffleReply(Frame, frozen=True, array_like=True):
+    """The answer to a Shuffle; it goes back the way the walk came, so that nobody is dialled for it."""
+
     TYPE: ClassVar[int] = 0x25
+    origin: Instance
     peers: Peers
 
 

@@ -1,0 +1,215 @@
+"""Plumtree: eager push along a tree, lazy announcements on all other links, grafts where the tree has failed.
+
+Leitao, Pereira, Rodrigues: Epidemic Broadcast Trees, SRDS 2007, section 3; the names are the paper's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from solyd_swarm.core.events import Action, Send
+from solyd_swarm.core.link import Link
+from solyd_swarm.core.log import Log, Record
+from solyd_swarm.core.wire import MAX_BATCH, Frame, Gossip, Graft, Ihave, Prune, encode
+from solyd_swarm.errors import RemoteProtocolError
+
+MAX_MISSING = 65_536
+"""Announced envelopes that are waited for: bounds a peer that announces what does not exist. Further announcements are left
+to anti-entropy."""
+MAX_ANNOUNCERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastConfig:
+    """Times in seconds."""
+
+    # Announcements are gathered this long: one frame for many, at little cost, since the tree is faster anyway.
+    lazy_interval: float = 0.02
+    # How long an announced envelope may take on the tree before it is grafted; the next announcer is asked sooner.
+    graft_timeout: float = 0.15
+    graft_retry: float = 0.1
+    # Plumtree section 3.8: swap a tree link only for one that is this many hops shorter.
+    optimization_threshold: int = 7
+
+
+class _Missing:
+    __slots__ = ("announcers", "due")
+
+    def __init__(self, due: float) -> None:
+        self.announcers: list[tuple[bytes, int]] = []
+        self.due = due
+
+
+class Broadcast:
+    """The tree of one topic. It appends what is to be done to `out`.
+
+    Args:
+        active: the active view: every link in it is either eager or lazy.
+        author, epoch: what marks an envelope as our own: those are numbered on each link, to be acknowledged.
+    """
+
+    def __init__(
+        self, active: dict[bytes, Link], log: Log, out: list[Action], author: bytes, epoch: Callable[[], int], config: BroadcastConfig
+    ) -> None:
+        self.config = config
+        self._active = active
+        self._log = log
+        self._out = out
+        self._author = author
+        self._epoch = epoch
+        self._missing: dict[bytes, _Missing] = {}
+        self._lazy: dict[bytes, list[tuple[bytes, int]]] = {}  # peer -> (id, hops) to be announced
+        self._lazy_due: float | None = None
+        self._next_graft: float | None = None
+
+    def neighbor_up(self, link: Link) -> None:
+        link.eager = True
+
+    def neighbor_down(self, link: Link) -> None:
+        self._lazy.pop(link.peer, None)
+
+    # -- sending ----------------------------------------------------------------------------------------------
+
+    def push(self, record: Record, now: float, without: bytes = b"", *, lazily: bool = False) -> None:
+        """Passes an envelope on to all neighbours but the one it came from: eagerly where the link is, unless told `lazily`."""
+        envelope = record.envelope
+        assert envelope is not None
+        data = b""
+        own_first = self._own_first(record)
+        for peer, link in self._active.items():
+            if peer == without:
+                continue
+            if link.eager and not lazily and not link.congested:
+                data = data or encode(Gossip(self._log.age_ms(record, now), record.hops, envelope.body, envelope.signature))
+                link.note_sent(own_first)
+                self._out.append(Send(peer, data))
+            else:
+                self._lazy.setdefault(peer, []).append((record.id, record.hops))
+                if self._lazy_due is None:
+                    self._lazy_due = now + self.config.lazy_interval
+
+    def _own_first(self, record: Record) -> int:
+        envelope = record.envelope
+        own = envelope is not None and envelope.author == self._author and envelope.epoch == self._epoch()
+        return envelope.first if own and envelope is not None else 0
+
+    def _announce(self) -> None:
+        self._lazy_due = None
+        for peer, queue in self._lazy.items():
+            link = self._active.get(peer)
+            for start in range(0, len(queue) if link else 0, MAX_BATCH):
+                part = queue[start : start + MAX_BATCH]
+                for id, _ in part:
+                    record = self._log.get(id)
+                    assert link is not None
+                    link.note_sent(self._own_first(record) if record else 0)
+                self._send(peer, Ihave([id for id, _ in part], [hops for _, hops in part]))
+        self._lazy.clear()
+
+    # -- receiving --------------------------------------------------------------------------------------------
+
+    def accepted(self, link: Link, record: Record) -> None:
+        """An envelope came by Gossip and is new: this link is a good one, unless another is much shorter."""
+        missing = self._missing.pop(record.id, None)
+        if not link.up:
+            return
+        if not link.congested:
+            link.eager = True
+        if missing is None:
+            return
+        for peer, hops in missing.announcers:
+            other = self._active.get(peer)
+            if other is not None and not other.eager and hops + self.config.optimization_threshold < record.hops:
+                other.eager, link.eager = True, False
+                self._send(peer, Graft([]))
+                self._send(link.peer, Prune())
+                return
+
+    def duplicate(self, link: Link) -> None:
+        """An envelope came by Gossip that was here already: the link is none of the tree's."""
+        if link.up and link.eager:
+            link.eager = False
+            self._send(link.peer, Prune())
+
+    def fetched(self, id: bytes) -> None:
+        """An envelope came by anti-entropy."""
+        self._missing.pop(id, None)
+
+    def handle(self, link: Link, frame: Frame, now: float) -> None:
+        """One broadcast frame of a neighbour, but for Gossip."""
+        match frame:
+            case Ihave():
+                self._announced(link, frame, now)
+            case Graft():
+                self._grafted(link, frame, now)
+            case Prune():
+                link.eager = False
+
+    def _announced(self, link: Link, frame: Ihave, now: float) -> None:
+        if len(frame.ids) != len(frame.hops):
+            raise RemoteProtocolError("an announcement with more ids than hops, or fewer")
+        for id, hops in zip(frame.ids, frame.hops, strict=True):
+            held = self._log.holds(id)
+            link.note_received(id, held)
+            if held:
+                continue
+            missing = self._missing.get(id)
+            if missing is None:
+                if len(self._missing) >= MAX_MISSING:
+                    continue
+                missing = self._missing[id] = _Missing(now + self.config.graft_timeout)
+                if self._next_graft is None:
+                    self._next_graft = missing.due
+            if len(missing.announcers) < MAX_ANNOUNCERS:
+                missing.announcers.append((link.peer, hops))
+
+    def _grafted(self, link: Link, frame: Graft, now: float) -> None:
+        if link.up and not link.congested:
+            link.eager = True
+        for id in frame.ids:
+            record = self._log.get(id)
+            if record is not None and record.envelope is not None:
+                link.note_sent()
+                self._send(
+                    link.peer,
+                    Gossip(self._log.age_ms(record, now), record.hops, record.envelope.body, record.envelope.signature),
+                )
+
+    def _graft(self, now: float) -> None:
+        """Asks the announcers of what the tree has failed to bring."""
+        wanted: dict[bytes, list[bytes]] = {}
+        # In the order of their times, but for retries, which may come a little late behind newer ones.
+        while self._missing:
+            id, missing = next(iter(self._missing.items()))
+            if missing.due > now:
+                break
+            del self._missing[id]
+            peer = None if self._log.holds(id) else self._next_announcer(missing)
+            if peer is not None:
+                wanted.setdefault(peer, []).append(id)
+                missing.due = now + self.config.graft_retry
+                self._missing[id] = missing
+        self._next_graft = next((missing.due for missing in self._missing.values()), None)
+        for peer, ids in wanted.items():
+            self._active[peer].eager = True
+            for start in range(0, len(ids), MAX_BATCH):
+                self._send(peer, Graft(ids[start : start + MAX_BATCH]))
+
+    def _next_announcer(self, missing: _Missing) -> bytes | None:
+        while missing.announcers:
+            peer, _ = missing.announcers.pop(0)
+            if peer in self._active:
+                return peer
+        return None
+
+    # -- time -------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> float | None:
+        """Announces and grafts when due; returns when to come back, if at all."""
+        if self._lazy_due is not None and self._lazy_due <= now:
+            self._announce()
+        if self._next_graft is not None and self._next_graft <= now:
+            self._graft(now)
+        return min((due for due in (self._lazy_due, self._next_graft) if due is not None), default=None)
+
+    def _send(self, peer: bytes, frame: Frame) -> None:
+        self._out.append(Send(peer, encode(frame)))

@@ -1,0 +1,131 @@
+"""Which sequence numbers of whom were ever accepted: what still refuses a replay when the ids have expired.
+
+Ids are remembered for twice the window, numbers for as long as there is room: an author's numbers of one epoch are dense,
+so a few intervals say it all. A restarted node loads its ledger again, so it repeats nothing either.
+"""
+
+from bisect import bisect_right
+from collections import OrderedDict
+
+import msgspec
+
+MAX_AUTHORS = 65_536
+"""Bounds a flood of fresh author keys; the author unheard of for longest is forgotten (its old envelopes could be replayed)."""
+MAX_EPOCHS = 16
+"""Epochs of one author, bounding an author that restarts without end. Older ones are refused altogether from then on."""
+MAX_HOLES = 1024
+"""Gaps in one epoch, bounding an author that skips numbers on purpose. The oldest gap counts as lost."""
+
+
+class _Epoch:
+    __slots__ = ("ends", "silenced", "starts")
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.silenced = False
+
+    def overlaps(self, first: int, last: int) -> bool:
+        place = bisect_right(self.starts, last)
+        return place > 0 and self.ends[place - 1] >= first
+
+    def mark(self, first: int, last: int) -> None:
+        """Adds [first, last], which overlaps nothing."""
+        starts, ends = self.starts, self.ends
+        place = bisect_right(starts, first)
+        joins_left = place > 0 and ends[place - 1] == first - 1
+        joins_right = place < len(starts) and starts[place] == last + 1
+        if joins_left and joins_right:
+            ends[place - 1] = ends[place]
+            del starts[place], ends[place]
+        elif joins_left:
+            ends[place - 1] = last
+        elif joins_right:
+            starts[place] = first
+        else:
+            starts.insert(place, first)
+            ends.insert(place, last)
+            if len(starts) > MAX_HOLES:
+                del starts[1], ends[0]
+
+
+class _Author:
+    __slots__ = ("dead_epoch", "epochs")
+
+    def __init__(self) -> None:
+        self.dead_epoch = 0
+        self.epochs: dict[int, _Epoch] = {}
+
+
+class Ledger:
+    """Accepted numbers by author and epoch, bounded."""
+
+    def __init__(self) -> None:
+        self._authors: OrderedDict[bytes, _Author] = OrderedDict()
+
+    def refuses(self, author: bytes, epoch: int, first: int, last: int) -> bool:
+        """Whether any of the numbers was accepted before, or the epoch is too old to tell."""
+        entry = self._authors.get(author)
+        if entry is None:
+            return False
+        if epoch <= entry.dead_epoch:
+            return True
+        known = entry.epochs.get(epoch)
+        return known is not None and known.overlaps(first, last)
+
+    def is_silenced(self, author: bytes, epoch: int) -> bool:
+        """Whether the author equivocated in that epoch."""
+        entry = self._authors.get(author)
+        known = entry and entry.epochs.get(epoch)
+        return bool(known and known.silenced)
+
+    def expected(self, author: bytes, epoch: int) -> int | None:
+        """The number after the highest one accepted, or None where nothing was."""
+        entry = self._authors.get(author)
+        known = entry and entry.epochs.get(epoch)
+        return known.ends[-1] + 1 if known and known.ends else None
+
+    def mark(self, author: bytes, epoch: int, first: int, last: int) -> None:
+        """Remembers that these numbers were accepted."""
+        self._epoch(author, epoch).mark(first, last)
+
+    def silence(self, author: bytes, epoch: int) -> None:
+        """Remembers an equivocation."""
+        self._epoch(author, epoch).silenced = True
+
+    def _epoch(self, author: bytes, epoch: int) -> _Epoch:
+        entry = self._authors.get(author)
+        if entry is None:
+            entry = self._authors[author] = _Author()
+            if len(self._authors) > MAX_AUTHORS:
+                self._authors.popitem(last=False)
+        else:
+            self._authors.move_to_end(author)
+        known = entry.epochs.get(epoch)
+        if known is None:
+            known = entry.epochs[epoch] = _Epoch()
+            if len(entry.epochs) > MAX_EPOCHS:
+                entry.dead_epoch = max(entry.dead_epoch, min(entry.epochs))
+                entry.epochs = {number: kept for number, kept in entry.epochs.items() if number > entry.dead_epoch}
+        return known
+
+    def dump(self, max_authors: int = 4096) -> bytes:
+        """The ledger of the authors heard last, as bytes for `load`."""
+        rows = [
+            (author, entry.dead_epoch, [(number, known.silenced, known.starts, known.ends) for number, known in entry.epochs.items()])
+            for author, entry in list(self._authors.items())[-max_authors:]
+        ]
+        return msgspec.msgpack.encode(rows)
+
+    @classmethod
+    def load(cls, data: bytes) -> "Ledger":
+        """What `dump` wrote. Raises ``ValueError`` for anything else."""
+        rows = msgspec.msgpack.decode(data, type=list[tuple[bytes, int, list[tuple[int, bool, list[int], list[int]]]]])
+        ledger = cls()
+        for author, dead_epoch, epochs in rows:
+            entry = ledger._authors[author] = _Author()
+            entry.dead_epoch = dead_epoch
+            for number, silenced, starts, ends in epochs:
+                known = entry.epochs[number] = _Epoch()
+                known.silenced, known.starts, known.ends = silenced, starts, ends
+        return ledger

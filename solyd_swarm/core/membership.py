@@ -1,0 +1,304 @@
+"""HyParView: a small active view of neighbours, a larger passive view to replace them from.
+
+Leitao, Pereira, Rodrigues: HyParView, DSN 2007, section 4; the names are the paper's. Three things differ, because joins
+here come in bursts and views are tiny: a peer that already has neighbours asks for a place instead of pushing someone out
+(only Join and high priority do that); whoever is pushed out or refused is told of others to turn to; and free places in
+the active view are filled from the passive view, not only those of failed neighbours.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from solyd_swarm.core.events import Action, Addresses, Dial, NeighborDown, NeighborUp, Send
+from solyd_swarm.core.link import Link
+from solyd_swarm.core.wire import Disconnect, ForwardJoin, Frame, Join, Neighbor, NeighborReply, PeerInfo, Shuffle, ShuffleReply, encode
+
+MAX_SHUFFLE_ROUTES = 256
+"""Walks whose way back is remembered: bounds a flood of shuffles; the oldest route is forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipConfig:
+    """The paper's figures (table 1), for up to some 10,000 peers; times in seconds."""
+
+    active_size: int = 5
+    passive_size: int = 30
+    active_random_walk: int = 6
+    passive_random_walk: int = 3
+    shuffle_active: int = 3
+    shuffle_passive: int = 4
+    shuffle_interval: float = 10.0
+    # Filling a free place costs a dial at most: often while a swarm forms, when views change by the second; where nobody
+    # has room for us the pause doubles up to the longest.
+    fill_interval: float = 0.5
+    fill_interval_max: float = 30.0
+    # A dial plus a request, on a slow path; after that the next candidate gets its turn.
+    request_timeout: float = 5.0
+
+
+class Membership:
+    """Active and passive view of one topic. It appends what is to be done to `out`.
+
+    Args:
+        me: our own entry, as others shall hear it.
+        links: the links of this topic, by peer; owned by the overlay.
+        on_up, on_down: told of every change of the active view.
+    """
+
+    def __init__(
+        self,
+        me: PeerInfo,
+        links: dict[bytes, Link],
+        out: list[Action],
+        rng: random.Random,
+        config: MembershipConfig,
+        on_up: Callable[[Link], None],
+        on_down: Callable[[Link], None],
+    ) -> None:
+        self.me = me
+        self.config = config
+        self.active: dict[bytes, Link] = {}
+        self.passive: dict[bytes, tuple[PeerInfo, bytes]] = {}  # with who told us (empty: a source, or the peer itself)
+        self._links = links
+        self._out = out
+        self._rng = rng
+        self._on_up = on_up
+        self._on_down = on_down
+        self._requests: dict[bytes, float] = {}  # asked or being dialled for a place, until when
+        self._shuffle_routes: dict[bytes, bytes] = {}  # origin of a walk that we passed on -> where it came from
+        self._next_shuffle = 0.0
+        self._next_fill = 0.0
+        self._fill_pause = config.fill_interval
+
+    # -- links ------------------------------------------------------------------------------------------------
+
+    def link_up(self, link: Link, now: float) -> None:
+        """A link has come up; who dialled it asks for a place."""
+        self._requests.pop(link.peer, None)
+        self.passive.pop(link.peer, None)
+        if link.initiated:
+            self.request(link, now)
+        elif len(self.active) < self.config.active_size:
+            self._remember(link.info, b"")
+
+    def request(self, link: Link, now: float, *, high: bool = False) -> None:
+        """Asks for a place in the peer's active view: by Join where we are alone."""
+        if link.peer in self.active or link.peer in self._requests:
+            return
+        if self.active and not high and len(self.active) + len(self._requests) >= self.config.active_size:
+            self._remember(link.info, b"")
+            return
+        self._requests[link.peer] = now + self.config.request_timeout
+        self._send(link.peer, Neighbor(high) if self.active else Join())
+
+    def link_down(self, link: Link, reason: str, now: float, *, failed: bool) -> None:
+        """A link is gone. `failed`: it may be back; False: the peer left the topic."""
+        self._requests.pop(link.peer, None)
+        self.passive.pop(link.peer, None)
+        self._drop(link, reason)
+        if failed and link.info.addresses:
+            self._remember(link.info, b"")
+        self._fill(now)
+
+    def dial_failed(self, instance: bytes, now: float) -> None:
+        """Nobody there: forget it, try the next."""
+        self._requests.pop(instance, None)
+        self.passive.pop(instance, None)
+        self._fill(now)
+
+    # -- frames -----------------------------------------------------------------------------------------------
+
+    def handle(self, link: Link, frame: Frame, now: float) -> None:
+        """One membership frame of a peer."""
+        match frame:
+            case Join():
+                self._accept(link)
+                self._forward_join(link)
+            case ForwardJoin():
+                self._walk_join(link, frame, now)
+            case Neighbor():
+                self._answer(link, frame)
+            case NeighborReply():
+                self._replied(link, frame, now)
+            case Shuffle():
+                self._walk_shuffle(link, frame)
+            case ShuffleReply():
+                self._shuffle_replied(link, frame)
+            case Disconnect():
+                self._learn(frame.peers, link.peer)
+                if link.peer in self.active:
+                    self._drop(link, "made room for another neighbour")
+                    self._remember(link.info, b"")
+                self._fill(now, avoid=link.peer)
+
+    def _accept(self, link: Link) -> None:
+        self._send(link.peer, NeighborReply(True, self._others(link.peer)))
+        self._add(link)
+
+    def _forward_join(self, newcomer: Link) -> None:
+        if newcomer.info.addresses:
+            for peer in self.active:
+                if peer != newcomer.peer:
+                    self._send(peer, ForwardJoin(newcomer.info, self.config.active_random_walk))
+
+    def _walk_join(self, link: Link, frame: ForwardJoin, now: float) -> None:
+        peer = frame.peer.instance
+        if peer == self.me.instance:
+            return
+        ttl = min(frame.ttl, self.config.active_random_walk)
+        if ttl == 0 or len(self.active) <= 1:
+            self._approach(frame.peer, link.peer, now)
+            return
+        if ttl == self.config.passive_random_walk:
+            self._remember(frame.peer, link.peer)
+        onward = [other for other in self.active if other not in (link.peer, peer)]
+        if onward:
+            self._send(self._rng.choice(onward), ForwardJoin(frame.peer, ttl - 1))
+        else:
+            self._approach(frame.peer, link.peer, now)
+
+    def _answer(self, link: Link, frame: Neighbor) -> None:
+        if frame.high or link.peer in self.active or len(self.active) < self.config.active_size:
+            self._accept(link)
+        else:
+            self._send(link.peer, NeighborReply(False, self._others(link.peer)))
+            self._remember(link.info, b"")
+
+    def _replied(self, link: Link, frame: NeighborReply, now: float) -> None:
+        expected = self._requests.pop(link.peer, None) is not None
+        self._learn(frame.peers, link.peer)
+        if frame.accepted and (expected or link.peer in self.active):
+            self._add(link)
+        elif frame.accepted:
+            # We gave up waiting, and it holds us for a neighbour: views stay symmetric.
+            self._send(link.peer, Disconnect())
+        else:
+            self._remember(link.info, b"")
+            if not self.active:
+                self._fill(now, avoid=link.peer)
+
+    def _walk_shuffle(self, link: Link, frame: Shuffle) -> None:
+        if frame.origin.instance == self.me.instance:
+            return
+        ttl = min(frame.ttl, self.config.active_random_walk) - 1
+        onward = [other for other in self.active if other not in (link.peer, frame.origin.instance)]
+        if ttl > 0 and len(self.active) > 1 and onward:
+            self._shuffle_routes[frame.origin.instance] = link.peer
+            while len(self._shuffle_routes) > MAX_SHUFFLE_ROUTES:
+                del self._shuffle_routes[next(iter(self._shuffle_routes))]
+            self._send(self._rng.choice(onward), Shuffle(frame.origin, ttl, frame.peers))
+            return
+        self._send(link.peer, ShuffleReply(frame.origin.instance, self._sample(len(frame.peers) + 1, frame.origin.instance)))
+        self._learn([frame.origin, *frame.peers], link.peer)
+
+    def _shuffle_replied(self, link: Link, frame: ShuffleReply) -> None:
+        back = self._shuffle_routes.pop(frame.origin, None)
+        if frame.origin == self.me.instance:
+            self._learn(frame.peers, link.peer)
+        elif back in self.active:
+            self._send(back, frame)
+
+    # -- views ------------------------------------------------------------------------------------------------
+
+    def _add(self, link: Link) -> None:
+        self._requests.pop(link.peer, None)
+        self.passive.pop(link.peer, None)
+        if link.peer in self.active:
+            return
+        while len(self.active) >= self.config.active_size:
+            victim = self.active[self._rng.choice(list(self.active))]
+            self._send(victim.peer, Disconnect(self._others(victim.peer)))
+            self._drop(victim, "made room for another neighbour")
+            self._remember(victim.info, b"")
+        self.active[link.peer] = link
+        self._fill_soon()
+        link.up = True
+        self._out.append(NeighborUp(link.peer, link.author))
+        self._on_up(link)
+
+    def _drop(self, link: Link, reason: str) -> None:
+        if self.active.pop(link.peer, None) is not None:
+            link.up = False
+            self._fill_soon()
+            self._on_down(link)
+            self._out.append(NeighborDown(link.peer, link.author, reason))
+
+    def discovered(self, instance: bytes, addresses: Addresses) -> None:
+        """A source found a peer whose instance key it tells."""
+        self._remember(PeerInfo(instance, addresses), b"")
+
+    def _learn(self, peers: Iterable[PeerInfo], via: bytes) -> None:
+        for info in peers:
+            self._remember(info, via)
+
+    def _remember(self, info: PeerInfo, via: bytes) -> None:
+        if info.instance in self.active or info.instance == self.me.instance:
+            return
+        if not info.addresses and info.instance not in self._links:
+            return
+        self.passive[info.instance] = (info, via)
+        # Bounds a peer that floods us with made-up entries: a random one goes, so no one can push out all the others at will.
+        while len(self.passive) > self.config.passive_size:
+            del self.passive[self._rng.choice(list(self.passive))]
+
+    def _others(self, peer: bytes) -> list[PeerInfo]:
+        return self._sample(self.config.shuffle_passive, peer)
+
+    def _sample(self, size: int, without: bytes) -> list[PeerInfo]:
+        known = [link.info for link in self.active.values()] + [info for info, _ in self.passive.values()]
+        usable = [info for info in known if info.instance != without and info.addresses]
+        return self._rng.sample(usable, min(size, len(usable)))
+
+    def _approach(self, info: PeerInfo, via: bytes, now: float) -> None:
+        """Works towards having this peer as a neighbour: over a link that is there, or by a dial."""
+        peer = info.instance
+        if peer in self.active or peer in self._requests or peer == self.me.instance:
+            return
+        link = self._links.get(peer)
+        if link is not None:
+            self.request(link, now)
+        elif info.addresses:
+            self._requests[peer] = now + self.config.request_timeout
+            self._out.append(Dial(peer, info.addresses, via))
+
+    def _fill(self, now: float, avoid: bytes = b"") -> None:
+        """Fills the free places of the active view from the passive view."""
+        free = self.config.active_size - len(self.active) - len(self._requests)
+        known = [peer for peer in self.passive if peer not in self._requests and (peer != avoid or len(self.passive) == 1)]
+        for peer in self._rng.sample(known, min(max(free, 0), len(known))):
+            self._approach(*self.passive[peer], now)
+
+    def _fill_soon(self) -> None:
+        """The views change: what was refused a while ago may be granted now."""
+        self._fill_pause = self.config.fill_interval
+        self._next_fill = 0.0
+
+    # -- time -------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> float:
+        """Shuffles, fills and forgets requests when due; returns when to come back."""
+        for peer, until in list(self._requests.items()):
+            if until <= now:
+                del self._requests[peer]
+        if self._next_fill <= now:
+            self._fill(now)
+            self._next_fill = now + self._fill_pause * (0.5 + self._rng.random())
+            self._fill_pause = min(2 * self._fill_pause, self.config.fill_interval_max)
+        if self._next_shuffle <= now:
+            self._next_shuffle = now + self.config.shuffle_interval * (0.5 + self._rng.random())
+            self._shuffle()
+        return min(self._next_fill, self._next_shuffle)
+
+    def _shuffle(self) -> None:
+        if not self.active:
+            return
+        target = self._rng.choice(list(self.active))
+        active = [link.info for link in self.active.values() if link.peer != target and link.info.addresses]
+        passive = [info for info, _ in self.passive.values() if info.addresses]
+        sample = self._rng.sample(active, min(self.config.shuffle_active, len(active)))
+        sample += self._rng.sample(passive, min(self.config.shuffle_passive, len(passive)))
+        self._send(target, Shuffle(self.me, self.config.active_random_walk, sample))
+
+    def _send(self, peer: bytes, frame: Frame) -> None:
+        self._out.append(Send(peer, encode(frame)))

@@ -1,0 +1,1 @@
+"""Many cores over a simulated network, seeded: the very objects that production drives."""
