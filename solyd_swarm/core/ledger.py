@@ -6,6 +6,7 @@ so a few intervals say it all. A restarted node loads its ledger again, so it re
 
 from bisect import bisect_right
 from collections import OrderedDict
+from itertools import pairwise
 
 import msgspec
 
@@ -15,6 +16,9 @@ MAX_EPOCHS = 16
 """Epochs of one author, bounding an author that restarts without end. Older ones are refused altogether from then on."""
 MAX_HOLES = 1024
 """Gaps in one epoch, bounding an author that skips numbers on purpose. The oldest gap counts as lost."""
+MAX_ENTRIES = 1_048_576
+"""Epochs and intervals of all authors together, bounding many authors that skip numbers on purpose. Again the author unheard of
+for longest is forgotten."""
 
 
 class _Epoch:
@@ -62,6 +66,9 @@ class Ledger:
 
     def __init__(self) -> None:
         self._authors: OrderedDict[bytes, _Author] = OrderedDict()
+        self._entries = 0
+        self.version = 0
+        """Counts changes, so that who saves it knows when to."""
 
     def refuses(self, author: bytes, epoch: int, first: int, last: int) -> bool:
         """Whether any of the numbers was accepted before, or the epoch is too old to tell."""
@@ -86,28 +93,41 @@ class Ledger:
         return known.ends[-1] + 1 if known and known.ends else None
 
     def mark(self, author: bytes, epoch: int, first: int, last: int) -> None:
-        """Remembers that these numbers were accepted."""
-        self._epoch(author, epoch).mark(first, last)
+        """Remembers that these numbers, none of which may have been marked before, were accepted."""
+        known = self._epoch(author, epoch)
+        before = len(known.starts)
+        known.mark(first, last)
+        self._entries += len(known.starts) - before
+        while self._entries > MAX_ENTRIES and len(self._authors) > 1:
+            self._forget_oldest()
 
     def silence(self, author: bytes, epoch: int) -> None:
         """Remembers an equivocation."""
         self._epoch(author, epoch).silenced = True
 
     def _epoch(self, author: bytes, epoch: int) -> _Epoch:
+        self.version += 1
         entry = self._authors.get(author)
         if entry is None:
             entry = self._authors[author] = _Author()
             if len(self._authors) > MAX_AUTHORS:
-                self._authors.popitem(last=False)
+                self._forget_oldest()
         else:
             self._authors.move_to_end(author)
         known = entry.epochs.get(epoch)
         if known is None:
-            known = entry.epochs[epoch] = _Epoch()
+            known = _Epoch()
+            if epoch > entry.dead_epoch:
+                entry.epochs[epoch] = known
+                self._entries += 1
             if len(entry.epochs) > MAX_EPOCHS:
-                entry.dead_epoch = max(entry.dead_epoch, min(entry.epochs))
-                entry.epochs = {number: kept for number, kept in entry.epochs.items() if number > entry.dead_epoch}
+                entry.dead_epoch = min(entry.epochs)
+                self._entries -= 1 + len(entry.epochs.pop(entry.dead_epoch).starts)
         return known
+
+    def _forget_oldest(self) -> None:
+        _, entry = self._authors.popitem(last=False)
+        self._entries -= sum(1 + len(known.starts) for known in entry.epochs.values())
 
     def dump(self, max_authors: int = 4096) -> bytes:
         """The ledger of the authors heard last, as bytes for `load`."""
@@ -119,13 +139,23 @@ class Ledger:
 
     @classmethod
     def load(cls, data: bytes) -> "Ledger":
-        """What `dump` wrote. Raises ``ValueError`` for anything else."""
+        """What `dump` wrote. Raises ``ValueError`` for anything else: a torn file must not make us forget, or refuse, at random."""
         rows = msgspec.msgpack.decode(data, type=list[tuple[bytes, int, list[tuple[int, bool, list[int], list[int]]]]])
         ledger = cls()
         for author, dead_epoch, epochs in rows:
             entry = ledger._authors[author] = _Author()
             entry.dead_epoch = dead_epoch
             for number, silenced, starts, ends in epochs:
+                bounds = [bound for interval in zip(starts, ends, strict=True) for bound in interval]
+                # Within an interval equal is fine; the next one starts past the number after its end, or they would be one.
+                sorted_so = all(one <= other - place % 2 * 2 for place, (one, other) in enumerate(pairwise(bounds)))
+                if number <= dead_epoch or not sorted_so or (bounds and bounds[0] < 1) or len(starts) > MAX_HOLES:
+                    raise ValueError("this is no ledger")
                 known = entry.epochs[number] = _Epoch()
                 known.silenced, known.starts, known.ends = silenced, starts, ends
+                ledger._entries += 1 + len(starts)
+            if len(author) != 32 or len(entry.epochs) != len(epochs) or len(epochs) > MAX_EPOCHS:
+                raise ValueError("this is no ledger")
+        if len(ledger._authors) != len(rows) or len(rows) > MAX_AUTHORS or ledger._entries > MAX_ENTRIES:
+            raise ValueError("this is no ledger")
         return ledger

@@ -6,55 +6,78 @@ from the start of which it holds everything; no acknowledgement is given for wha
 
 from collections import deque
 from collections.abc import Callable
+from heapq import heapify, heappop, heappush
 
+from solyd_swarm.core.events import Addresses
 from solyd_swarm.core.wire import PeerInfo
 
 MAX_PENDING = 65_536
 """Announced ids that we do not hold yet, per link: bounds a peer that announces what it never sends. Its newest announcements
-are then not acknowledged one by one; the next digest round does it for all at once."""
+are then not acknowledged one by one; the next digest round that finds the sets equal does it for all at once."""
+MAX_UNHELD = 65_536
+"""Our own envelopes that a peer is not known to hold: bounds one that never acknowledges. Past it only a digest round that finds
+the sets equal tells."""
 
 
 class Link:
     """State of one link; the parts of the overlay share it."""
 
     __slots__ = (
-        "_owed",
+        "_base",
+        "_lowest",
         "_own",
         "_pending",
+        "_strict",
+        "_synced_to",
+        "_unheld",
         "acked_count",
         "author",
         "congested",
+        "dialled",
         "eager",
         "info",
         "initiated",
         "overflow",
         "peer",
+        "pruned_at",
         "received",
         "sent",
-        "synced_to",
+        "served",
         "up",
     )
 
-    def __init__(self, info: PeerInfo, author: bytes, *, initiated: bool) -> None:
+    def __init__(self, info: PeerInfo, author: bytes, *, initiated: bool, dialled: Addresses = ()) -> None:
         self.peer = info.instance
         self.info = info
         self.author = author
         self.initiated = initiated
+        self.dialled = dialled
         self.up = False  # in the active view
         self.eager = True
         self.congested = False
+        self.pruned_at = float("-inf")
+        self.served = 0  # bytes of bodies and digests that the frames at hand have asked for
         # Inbound: ids received; those not held yet, by their number; what we last acknowledged.
         self.received = 0
         self.acked_count = 0
         self.overflow = False
         self._pending: deque[tuple[int, bytes]] = deque()
-        # Outbound: ids sent; our own envelopes among them, as (number, first sequence), and those a digest found missing.
+        # Outbound: ids sent, and of our own envelopes among them (number, first sequence).
         self.sent = 0
         self._own: deque[tuple[int, int]] = deque()
-        self._owed: deque[tuple[int, int]] = deque()
-        self.synced_to = -1
+        # Our own envelopes that the peer is not known to hold, by first sequence: whether a digest has shown that it lacks them.
+        self._unheld: dict[int, bool] = {}
+        self._lowest: list[int] = []  # a heap of their first sequences, and of some that are held by now
+        self._synced_to = 0
+        self._base = 0
+        self._strict = False
 
     # -- inbound ----------------------------------------------------------------------------------------------
+
+    @property
+    def owes(self) -> bool:
+        """Whether there are ids to be acknowledged once we hold them."""
+        return bool(self._pending)
 
     def note_received(self, id: bytes, held: bool) -> None:
         """Counts an id that arrived."""
@@ -65,6 +88,11 @@ class Link:
             self.overflow = True
             return
         self._pending.append((self.received, id))
+
+    def caught_up(self) -> None:
+        """The sets were equal: what the peer announced before is held, or was dropped by the peer itself."""
+        self._pending.clear()
+        self.overflow = False
 
     def acknowledge(self, holds: Callable[[bytes], bool]) -> int | None:
         """The count to acknowledge now, or None where it has not grown."""
@@ -81,30 +109,62 @@ class Link:
 
     # -- outbound ---------------------------------------------------------------------------------------------
 
+    def covers_from(self, published: int) -> None:
+        """The link is in the active view: every own envelope after this sequence is noted on it, earlier ones may not be."""
+        self._base = published
+
+    @property
+    def lacks_round(self) -> bool:
+        """Whether only a digest round can tell if the peer holds what was published before it became a neighbour."""
+        return self._synced_to < self._base
+
+    def note_own(self, first: int, *, owed: bool = False) -> None:
+        """The peer is not known to hold our own envelope that starts at this sequence."""
+        if first not in self._unheld:
+            heappush(self._lowest, first)
+        self._unheld[first] = owed or self._unheld.get(first, False)
+        if len(self._unheld) > MAX_UNHELD:
+            self._base = max(self._base, *self._unheld)
+            self._strict = True
+            self._synced_to = min(self._synced_to, heappop(self._lowest) - 1)
+            self._unheld.clear()
+            self._lowest.clear()
+            self._own.clear()
+
     def note_sent(self, own_first: int = 0, *, owed: bool = False) -> None:
         """Counts an id that was sent; `own_first` is its first sequence where the envelope is our own."""
         self.sent += 1
         if own_first:
-            (self._owed if owed else self._own).append((self.sent, own_first))
+            self._own.append((self.sent, own_first))
+            self.note_own(own_first, owed=owed)
+            if len(self._own) > 2 * MAX_UNHELD:
+                self._own.popleft()  # sent again and again: a later number stands for it
 
     def acked(self, count: int) -> bool:
         """Takes in an acknowledgement. False where it claims more than was sent."""
         if count > self.sent:
             return False
-        for queue in (self._own, self._owed):
-            while queue and queue[0][0] <= count:
-                queue.popleft()
+        while self._own and self._own[0][0] <= count:
+            self._unheld.pop(self._own.popleft()[1], None)
         return True
 
-    def synced(self, through: int) -> None:
-        """A digest round has shown that the peer holds all our own messages up to this sequence (but for those owed)."""
-        self.synced_to = max(self.synced_to, through)
-        while self._own and self._own[0][1] <= through:
-            self._own.popleft()
+    def synced(self, through: int, *, equal: bool = False) -> None:
+        """A digest round has shown that the peer holds all our own messages up to this sequence, but for those owed.
+
+        Args:
+            equal: the sets were equal, so that nothing is owed.
+        """
+        if self._strict and not (equal and through >= self._base):
+            return
+        self._strict = False
+        self._synced_to = max(self._synced_to, through)
+        self._unheld = {first: owed for first, owed in self._unheld.items() if first > through or (owed and not equal)}
+        self._lowest = list(self._unheld)
+        heapify(self._lowest)
 
     def holds_through(self, published: int) -> int:
         """The peer holds all our own messages up to this sequence; `published` is our last one."""
-        if self.synced_to < 0:
-            return 0
-        missing = [queue[0][1] for queue in (self._own, self._owed) if queue]
-        return min(missing, default=published + 1) - 1
+        while self._lowest and self._lowest[0] not in self._unheld:
+            heappop(self._lowest)
+        through = self._synced_to if self.lacks_round else published
+        return min(through, self._lowest[0] - 1) if self._lowest else through

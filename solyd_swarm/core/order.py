@@ -10,7 +10,7 @@ from typing import NamedTuple
 from solyd_swarm.core.envelope import Envelope
 
 MAX_STREAMS = 65_536
-"""Bounds a flood of fresh author keys; the stream unheard of for longest is forgotten."""
+"""Bounds a flood of fresh author keys; the stream unheard of for longest is forgotten, and what waited in it delivered."""
 
 
 class Delivery(NamedTuple):
@@ -67,35 +67,41 @@ class Sequencer:
             expected: the number after the highest one the ledger knew before this envelope, if any.
         """
         key = (envelope.author, envelope.epoch)
+        delivered: list[Delivery] = []
         stream = self._streams.get(key)
         if stream is None:
-            stream = self._open(key, envelope, expected)
+            if len(self._streams) >= MAX_STREAMS:
+                delivered = self._forget_oldest(now)
+            stream = self._streams[key] = _Stream(self._base(envelope, expected))
         else:
             self._streams.move_to_end(key)
         if stream.next is not None and self.settled:
             if envelope.first < stream.next:
-                return [Delivery(envelope, source, True)]
+                return [*delivered, Delivery(envelope, source, True)]
             if envelope.first == stream.next and not stream.waiting:
                 stream.next = envelope.last + 1
-                return [Delivery(envelope, source, False)]
+                return [*delivered, Delivery(envelope, source, False)]
         stream.waiting[envelope.first] = (envelope, source)
         self._waiting_bytes += envelope.size
         if not self.settled:
-            return self.settle(now) if self._waiting_bytes > self._max_waiting else []
-        delivered = self._drain(key, stream, now)
+            return delivered + (self.settle(now) if self._waiting_bytes > self._max_waiting else [])
+        delivered += self._drain(key, stream, now)
         while self._waiting_bytes > self._max_waiting and self._gaps:
             delivered += self._give_up(*next(iter(self._gaps.items())), now)
         return delivered
 
-    def _open(self, key: tuple[bytes, int], envelope: Envelope, expected: int | None) -> _Stream:
-        base = expected
-        if base is None and self.settled:
-            base = 1 if self._replay else envelope.first
-        stream = self._streams[key] = _Stream(base)
-        if len(self._streams) > MAX_STREAMS:
-            oldest, forgotten = self._streams.popitem(last=False)
-            self._forget(oldest, forgotten)
-        return stream
+    def _base(self, envelope: Envelope, expected: int | None) -> int | None:
+        if not self._replay:
+            return max(expected or 0, envelope.first)  # what was missed before is not wanted, and not waited for
+        return 1 if expected is None and self.settled else expected
+
+    def _forget_oldest(self, now: float) -> list[Delivery]:
+        key, stream = next(iter(self._streams.items()))
+        delivered: list[Delivery] = []
+        while stream.waiting:
+            delivered += self._give_up(key, stream, now)
+        del self._streams[key]
+        return delivered
 
     def settle(self, now: float) -> list[Delivery]:
         """The first digest round is over: bases are known, and delivery begins."""
@@ -122,11 +128,8 @@ class Sequencer:
         """The author equivocated: what still waits is not delivered any more."""
         stream = self._streams.pop((author, epoch), None)
         if stream is not None:
-            self._forget((author, epoch), stream)
-
-    def _forget(self, key: tuple[bytes, int], stream: _Stream) -> None:
-        self._gaps.pop(key, None)
-        self._waiting_bytes -= sum(envelope.size for envelope, _ in stream.waiting.values())
+            self._gaps.pop((author, epoch), None)
+            self._waiting_bytes -= sum(envelope.size for envelope, _ in stream.waiting.values())
 
     def _release(self, stream: _Stream, first: int, *, late: bool) -> Delivery:
         envelope, source = stream.waiting.pop(first)

@@ -151,6 +151,10 @@ class Overlay:
         """The active view."""
         return self.membership.active
 
+    def link(self, peer: bytes) -> Link | None:
+        """The link to a peer, neighbour or not."""
+        return self._links.get(peer)
+
     def uses(self, peer: bytes) -> bool:
         """Whether this topic has a use for the peer's channel."""
         return peer in self.membership.active or peer in self._healing

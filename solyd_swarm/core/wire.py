@@ -23,18 +23,21 @@ MAX_ENVELOPE = MAX_MESSAGE + 1024
 MAX_PAYLOADS = 256
 MAX_PEERS = 32
 MAX_ADDRESSES = 16
+MAX_HOST = 64
+MAX_AGE = 2**40
+MAX_HOPS = 65_535
 
 Id = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Instance = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
-Age = Annotated[int, Meta(ge=0, le=2**40)]
+Age = Annotated[int, Meta(ge=0, le=MAX_AGE)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Timestamp = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Hops = Annotated[int, Meta(ge=0, le=65535)]
+Hops = Annotated[int, Meta(ge=0, le=MAX_HOPS)]
 Ttl = Annotated[int, Meta(ge=0, le=16)]
 Ids = Annotated[list[Id], Meta(max_length=MAX_BATCH)]
 Body = Annotated[bytes, Meta(max_length=MAX_ENVELOPE)]
-Host = Annotated[str, Meta(max_length=64)]
+Host = Annotated[str, Meta(max_length=MAX_HOST)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
@@ -43,6 +46,12 @@ class PeerInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     instance: Instance
     addresses: Annotated[tuple[tuple[Host, Port], ...], Meta(max_length=MAX_ADDRESSES)] = ()
+
+
+def make_peer_info(instance: bytes, addresses: tuple[tuple[str, int], ...]) -> PeerInfo:
+    """An entry that every member accepts: what is too long for the wire is left out, for the encoder does not look."""
+    usable = [(host, port) for host, port in addresses if len(host) <= MAX_HOST and 1 <= port <= 65535]
+    return PeerInfo(instance, tuple(usable[:MAX_ADDRESSES]))
 
 
 Peers = Annotated[list[PeerInfo], Meta(max_length=MAX_PEERS)]

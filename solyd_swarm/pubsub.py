@@ -1,0 +1,240 @@
+"""`pubsub` and `Node`: how swarms are made, and which node a swarm lives on."""
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Final
+
+from solyd_swarm import lifetime
+from solyd_swarm.core.keys import derive_topic_key
+from solyd_swarm.core.log import DEFAULT_BYTES, DEFAULT_WINDOW
+from solyd_swarm.errors import OptionError, OptionTypeError, SwarmLeft
+from solyd_swarm.home import Home, ScriptHome, would_be_script
+from solyd_swarm.node import BaseNode, NodeOptions
+from solyd_swarm.options import DEFAULT_MESSAGE_SIZE, DEFAULT_PUBLISH_BUFFER, SwarmOptions, check_topic
+from solyd_swarm.pending import Pending
+from solyd_swarm.swarm import Swarm
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "<default>"
+
+
+_UNSET: Final[Any] = _Unset()
+
+
+class Node:
+    """One identity, one listening socket and one discovery for many topics; a context manager, also an asynchronous one.
+
+    Args:
+        identity: path of a file that keeps keys and epoch, made with mode 0600 if it is not there; None: fresh ones.
+        listen: (host, port) to listen at; an empty host means all addresses, port 0 any free one.
+        bootstrap: a ticket, ``"host:port"``, or a list of them.
+        mdns, dht: whether to look on the local network, and in the distributed hash table that the peers form.
+        interfaces: the addresses (or names) of network interfaces that discovery may use, all by default; the environment
+            variable ``SOLYD_SWARM_INTERFACES`` (separated by commas) says it for every node.
+
+    Raises:
+        OptionError, TicketError, IdentityError, ListenError, InterfaceError: each says what to do.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: str | os.PathLike[str] | None = None,
+        listen: tuple[str, int] | None = None,
+        bootstrap: str | Iterable[str] | None = None,
+        mdns: bool = True,
+        dht: bool = True,
+        interfaces: str | Sequence[str] | None = None,
+    ) -> None:
+        self._implicit = False
+        self._base = BaseNode(NodeOptions(identity, listen, bootstrap, mdns, dht, interfaces))
+        self._swarms: dict[bytes, Swarm] = {}
+        self._lock = threading.RLock()
+        self._closing = False
+        self._closed: Pending[None] = Pending(self._base.home.is_current)
+
+    @property
+    def id(self) -> str:
+        """The author id of all swarms of this node."""
+        return self._base.identity.author
+
+    @property
+    def ticket(self) -> str:
+        """A short text for ``bootstrap=`` of others: instance key and addresses, no topic."""
+        return self._base.ticket
+
+    @property
+    def port(self) -> int:
+        """The TCP port listened on."""
+        return self._base.port
+
+    @property
+    def home(self) -> Home:
+        """Where it runs."""
+        return self._base.home
+
+    def pubsub(self, topic: str, **options: Any) -> Swarm:
+        """Joins a topic on this node. Takes the options of `solyd_swarm.pubsub` that are not a node's.
+
+        Raises:
+            OptionError: the node has this topic already (and the same secret); a ``ValueError``.
+            SwarmLeft: the node is closed.
+        """
+        try:
+            swarm_options = SwarmOptions(**options)
+        except TypeError as error:
+            raise OptionTypeError(f"node.pubsub() {str(error).removeprefix('SwarmOptions.__init__() ')}") from None
+        swarm_options.check()
+        return self._open(check_topic(topic), swarm_options)
+
+    def _open(self, topic: str, options: SwarmOptions) -> Swarm:
+        key = derive_topic_key(topic, options.secret_bytes)
+        with self._lock:
+            if self._closing:
+                raise SwarmLeft("the node is closed: make a new one with Node()")
+            if key in self._swarms:
+                raise OptionError(f"this node has joined {topic!r} already: leave it first, or use another node")
+            swarm = Swarm(topic, options, self._base, self._swarm_left, owns_node=self._implicit)
+            self._swarms[key] = swarm
+            return swarm
+
+    def _has(self, key: bytes) -> bool:
+        return key in self._swarms
+
+    def _swarm_left(self, swarm: Swarm) -> None:
+        """On the loop: a swarm is about to have left. An implicit node ends with its last one."""
+        with self._lock:
+            self._swarms = {key: other for key, other in self._swarms.items() if other is not swarm}
+            swarm._owns_node = self._implicit and not self._swarms
+            if swarm._owns_node:
+                self._closing = True
+
+    def close(self) -> Pending[None]:
+        """Leaves all topics and ends the node; nothing is left behind. Idempotent, from any thread."""
+        with self._lock:
+            first, self._closing = not self._closing, True
+            swarms = list(self._swarms.values())
+        if first:
+            self._base.home.call(self._start_closing, [swarm.leave() for swarm in swarms])
+        return self._closed
+
+    def _start_closing(self, leaving: list[Pending[None]]) -> None:
+        task = self._base.home.loop.create_task(self._close(leaving), name="solyd_swarm close")
+        task.add_done_callback(self._after_closing)
+
+    async def _close(self, leaving: list[Pending[None]]) -> None:
+        for pending in leaving:
+            await pending
+        await self._base.close()
+
+    def _after_closing(self, task: "asyncio.Task[None]") -> None:
+        self._base.home.exit(self._base).when_done(lambda: self._closed.set_result(None))
+
+    def __enter__(self) -> "Node":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        closing = self.close()
+        if not self._base.home.is_current():
+            closing.result()
+
+    async def __aenter__(self) -> "Node":
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        await self.close()
+
+
+_defaults: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Node]" = weakref.WeakKeyDictionary()
+_defaults_lock = threading.RLock()
+
+
+def pubsub(
+    topic: str,
+    *,
+    node: Node | None = None,
+    secret: str | bytes | None = None,
+    replay: bool = True,
+    max_message_size: int = DEFAULT_MESSAGE_SIZE,
+    retain: float = DEFAULT_WINDOW,
+    retain_bytes: int = DEFAULT_BYTES,
+    publish_buffer: int = DEFAULT_PUBLISH_BUFFER,
+    identity: str | os.PathLike[str] | None = _UNSET,
+    listen: tuple[str, int] | None = _UNSET,
+    bootstrap: str | Iterable[str] | None = _UNSET,
+    mdns: bool = _UNSET,
+    dht: bool = _UNSET,
+    interfaces: str | Sequence[str] | None = _UNSET,
+) -> Swarm:
+    """Joins a topic: finds others interested in it, connects to a few of them, and gossips.
+
+    Args:
+        topic: a non-empty string.
+        node: the `Node` to live on. Without it, and without options of a node, all swarms of a loop (or of a script) share one.
+        secret: whoever lacks it cannot join, nor learn who has joined.
+        replay: whether to get the messages that the window held before we joined.
+        max_message_size: bytes of the longest message to publish, encoded; at most 16 MiB.
+        retain: seconds that messages are kept for those who come late (the window).
+        retain_bytes: bytes of messages kept; the oldest go first.
+        publish_buffer: bytes that may be published before some neighbour has accepted them.
+        identity, listen, bootstrap, mdns, dht, interfaces: as for `Node`; with any of them the swarm gets a node of its own.
+
+    Raises:
+        TopicError, OptionError, TicketError, IdentityError, ListenError, InterfaceError: each says what to do.
+    """
+    topic = check_topic(topic)
+    options = SwarmOptions(secret, replay, max_message_size, retain, retain_bytes, publish_buffer)
+    options.check()
+    named: dict[str, Any] = {
+        "identity": identity,
+        "listen": listen,
+        "bootstrap": bootstrap,
+        "mdns": mdns,
+        "dht": dht,
+        "interfaces": interfaces,
+    }
+    given = {name: value for name, value in named.items() if value is not _UNSET}
+    if node is not None:
+        if not isinstance(node, Node):
+            raise OptionTypeError(f"node takes a Node, not {type(node).__name__}")
+        if given:
+            raise OptionTypeError(f"{', '.join(given)} cannot be given together with node=: give them to Node() instead")
+        return node._open(topic, options)
+    if given:
+        return _open_implicit(Node(**given), topic, options)
+    return _open_on_default(topic, options)
+
+
+def _open_implicit(node: Node, topic: str, options: SwarmOptions) -> Swarm:
+    node._implicit = True
+    return node._open(topic, options)
+
+
+def _open_on_default(topic: str, options: SwarmOptions) -> Swarm:
+    """On the node that the swarms of this loop share; on a new one where that has the topic already."""
+    key = derive_topic_key(topic, options.secret_bytes)
+    with _defaults_lock:
+        for shared in list(_defaults.values()):
+            with shared._lock:
+                usable = not shared._closing and not shared._has(key) and not lifetime.forked(shared.home.birth)
+                if usable and _is_ours(shared.home):
+                    return shared._open(topic, options)
+        node = Node()
+        swarm = _open_implicit(node, topic, options)
+        _defaults.setdefault(node.home.loop, node)
+        if _defaults[node.home.loop]._closing:
+            _defaults[node.home.loop] = node
+        return swarm
+
+
+def _is_ours(home: Home) -> bool:
+    """Whether a swarm made here and now would live there."""
+    if would_be_script():
+        return isinstance(home, ScriptHome) and not home.ended
+    return not isinstance(home, ScriptHome) and home.loop is asyncio.get_running_loop()

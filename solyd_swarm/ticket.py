@@ -1,0 +1,90 @@
+"""Tickets and addresses for ``bootstrap=``: where to find a node, as short text to paste into a chat.
+
+A ticket holds the instance key and the addresses of a node, and a checksum against typing errors; no topic, no author.
+"""
+
+import binascii
+import ipaddress
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from solyd_swarm.core.wire import MAX_ADDRESSES, Host, Instance, Port
+from solyd_swarm.errors import OptionTypeError, TicketError
+
+PREFIX = "solyd1"
+_CHECKSUM = 4
+
+
+class _Body(msgspec.Struct, frozen=True, array_like=True):
+    instance: Instance
+    addresses: Annotated[tuple[tuple[Host, Port], ...], Meta(min_length=1, max_length=MAX_ADDRESSES)]
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """A place to begin at: host names or IP literals with ports, and the 32-byte instance key (empty: whoever answers)."""
+
+    addresses: tuple[tuple[str, int], ...]
+    instance: bytes = b""
+
+
+def make_ticket(instance: bytes, addresses: tuple[tuple[str, int], ...]) -> str:
+    """The ticket of a node that listens at these IP literals and TCP ports."""
+    body = msgspec.msgpack.encode(_Body(instance, addresses[:MAX_ADDRESSES]))
+    return PREFIX + urlsafe_b64encode(body + _checksum(body)).decode("ascii").rstrip("=")
+
+
+def parse_contact(text: str) -> Contact:
+    """What one entry of ``bootstrap=`` says: a ticket or ``"host:port"`` (``"[::1]:port"`` for IPv6).
+
+    Raises:
+        TicketError: it is neither; a ``ValueError``.
+    """
+    if not isinstance(text, str):
+        raise OptionTypeError(f"bootstrap takes tickets and 'host:port' strings, not {type(text).__name__}: {text!r}")
+    text = text.strip()
+    if text.startswith(PREFIX) and ":" not in text:
+        return _parse_ticket(text)
+    host, colon, port = text.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535 or "/" in host or " " in host:
+        raise TicketError(f"{text[:80]!r} is neither a ticket (`swarm.ticket` of a running swarm) nor 'host:port', port 1 to 65535")
+    return Contact(((host, int(port)),))
+
+
+def parse_bootstrap(entries: str | Iterable[str] | None) -> tuple[Contact, ...]:
+    """All entries of ``bootstrap=``: one, several, or none."""
+    if entries is None:
+        return ()
+    if isinstance(entries, str):
+        return (parse_contact(entries),)
+    if not isinstance(entries, Iterable):
+        raise OptionTypeError(f"bootstrap takes a ticket, 'host:port', or a list of them, not {type(entries).__name__}")
+    return tuple(parse_contact(entry) for entry in entries)
+
+
+def _parse_ticket(text: str) -> Contact:
+    encoded = text[len(PREFIX) :]
+    try:
+        raw = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
+        body, checksum = raw[:-_CHECKSUM], raw[-_CHECKSUM:]
+        if checksum != _checksum(body):
+            raise TicketError("the ticket is damaged (its checksum is wrong): copy it again, whole")
+        ticket = msgspec.msgpack.decode(body, type=_Body)
+        for host, _ in ticket.addresses:
+            ipaddress.ip_address(host.partition("%")[0])
+    except (binascii.Error, msgspec.DecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, TicketError):
+            raise
+        raise TicketError(f"not a ticket of this version: {text[:40]!r}; copy it again, whole") from error
+    return Contact(ticket.addresses, ticket.instance)
+
+
+def _checksum(body: bytes) -> bytes:
+    return blake2b(body, digest_size=_CHECKSUM, person=b"solyd ticket").digest()
