@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log, Record
-from solyd_swarm.core.wire import MAX_BATCH, Frame, Gossip, Graft, Ihave, Prune, encode
+from solyd_swarm.core.wire import MAX_BATCH, Frame, Gossip, Graft, Have, Ihave, Prune, encode
 from solyd_swarm.errors import RemoteProtocolError
 
 MAX_MISSING = 65_536
 """Announced envelopes that are waited for: bounds a peer that announces what does not exist. Further announcements are left
 to anti-entropy."""
 MAX_ANNOUNCERS = 8
+PRUNE_PAUSE = 1.0
+"""Seconds before a Prune is repeated to a peer that goes on pushing: a crossing Graft may have undone it at the other end."""
+SERVED_BYTES = 1024 * 1024
+"""Bytes of bodies (and digests) that the frames received together may ask for: bounds small frames that ask for all there is, again
+and again. The rest is offered, to be pulled when these have come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ class Broadcast:
 
     def neighbor_up(self, link: Link) -> None:
         link.eager = True
+        link.congested = False
 
     def neighbor_down(self, link: Link) -> None:
         self._lazy.pop(link.peer, None)
@@ -78,14 +84,30 @@ class Broadcast:
         for peer, link in self._active.items():
             if peer == without:
                 continue
+            if own_first:
+                link.note_own(own_first)  # from now on, also where it is announced a moment later
             if link.eager and not lazily and not link.congested:
-                data = data or encode(Gossip(self._log.age_ms(record, now), record.hops, envelope.body, envelope.signature))
+                data = data or self._gossip(record, now)
                 link.note_sent(own_first)
                 self._out.append(Send(peer, data))
             else:
                 self._lazy.setdefault(peer, []).append((record.id, record.hops))
                 if self._lazy_due is None:
                     self._lazy_due = now + self.config.lazy_interval
+
+    def _gossip(self, record: Record, now: float) -> bytes:
+        envelope = record.envelope
+        assert envelope is not None
+        return encode(Gossip(self._log.age_ms(record, now), record.hops, envelope.body, envelope.signature))
+
+    def flush_own(self, now: float) -> None:
+        """We leave: what was to be announced of our own is pushed, for nobody could ask us for it any more."""
+        for peer, queue in self._lazy.items():
+            for id, _ in queue if peer in self._active else ():
+                record = self._log.get(id)
+                if record is not None and self._own_first(record):
+                    self._out.append(Send(peer, self._gossip(record, now)))
+        self._lazy.clear()
 
     def _own_first(self, record: Record) -> int:
         envelope = record.envelope
@@ -124,10 +146,11 @@ class Broadcast:
                 self._send(link.peer, Prune())
                 return
 
-    def duplicate(self, link: Link) -> None:
+    def duplicate(self, link: Link, now: float) -> None:
         """An envelope came by Gossip that was here already: the link is none of the tree's."""
-        if link.up and link.eager:
+        if link.up and (link.eager or now - link.pruned_at >= PRUNE_PAUSE):
             link.eager = False
+            link.pruned_at = now
             self._send(link.peer, Prune())
 
     def fetched(self, id: bytes) -> None:
@@ -148,7 +171,7 @@ class Broadcast:
         if len(frame.ids) != len(frame.hops):
             raise RemoteProtocolError("an announcement with more ids than hops, or fewer")
         for id, hops in zip(frame.ids, frame.hops, strict=True):
-            held = self._log.holds(id)
+            held = self._log.witnessed(id)
             link.note_received(id, held)
             if held:
                 continue
@@ -159,20 +182,29 @@ class Broadcast:
                 missing = self._missing[id] = _Missing(now + self.config.graft_timeout)
                 if self._next_graft is None:
                     self._next_graft = missing.due
-            if len(missing.announcers) < MAX_ANNOUNCERS:
+            # Once each: who announces without end must not take the places of those who have it.
+            if len(missing.announcers) < MAX_ANNOUNCERS and all(peer != link.peer for peer, _ in missing.announcers):
                 missing.announcers.append((link.peer, hops))
 
     def _grafted(self, link: Link, frame: Graft, now: float) -> None:
         if link.up and not link.congested:
             link.eager = True
+        later: list[bytes] = []
         for id in frame.ids:
             record = self._log.get(id)
-            if record is not None and record.envelope is not None:
-                link.note_sent()
-                self._send(
-                    link.peer,
-                    Gossip(self._log.age_ms(record, now), record.hops, record.envelope.body, record.envelope.signature),
-                )
+            if record is None or record.envelope is None:
+                continue
+            if link.served >= SERVED_BYTES:
+                later.append(id)
+                continue
+            link.served += record.envelope.size
+            link.note_sent(self._own_first(record))
+            self._out.append(Send(link.peer, self._gossip(record, now)))
+        if later:
+            for id in later:
+                record = self._log.get(id)
+                link.note_sent(self._own_first(record) if record else 0)
+            self._send(link.peer, Have(later))
 
     def _graft(self, now: float) -> None:
         """Asks the announcers of what the tree has failed to bring."""
@@ -183,7 +215,7 @@ class Broadcast:
             if missing.due > now:
                 break
             del self._missing[id]
-            peer = None if self._log.holds(id) else self._next_announcer(missing)
+            peer = None if self._log.witnessed(id) else self._next_announcer(missing)
             if peer is not None:
                 wanted.setdefault(peer, []).append(id)
                 missing.due = now + self.config.graft_retry

@@ -6,6 +6,7 @@ so a few intervals say it all. A restarted node loads its ledger again, so it re
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterable
 from itertools import pairwise
 
 import msgspec
@@ -53,6 +54,18 @@ class _Epoch:
                 del starts[1], ends[0]
 
 
+    def without(self, ranges: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Starts and ends, less these ranges."""
+        intervals = list(zip(self.starts, self.ends, strict=True))
+        for first, last in ranges:
+            pieces = [piece for start, end in intervals for piece in ((start, min(end, first - 1)), (max(start, last + 1), end))]
+            intervals = [(start, end) for start, end in pieces if start <= end]
+        starts, ends = [start for start, _ in intervals], [end for _, end in intervals]
+        while len(starts) > MAX_HOLES:
+            del starts[1], ends[0]
+        return starts, ends
+
+
 class _Author:
     __slots__ = ("dead_epoch", "epochs")
 
@@ -95,6 +108,8 @@ class Ledger:
     def mark(self, author: bytes, epoch: int, first: int, last: int) -> None:
         """Remembers that these numbers, none of which may have been marked before, were accepted."""
         known = self._epoch(author, epoch)
+        if known is None:
+            return
         before = len(known.starts)
         known.mark(first, last)
         self._entries += len(known.starts) - before
@@ -103,9 +118,12 @@ class Ledger:
 
     def silence(self, author: bytes, epoch: int) -> None:
         """Remembers an equivocation."""
-        self._epoch(author, epoch).silenced = True
+        known = self._epoch(author, epoch)
+        if known is not None:
+            known.silenced = True
 
-    def _epoch(self, author: bytes, epoch: int) -> _Epoch:
+    def _epoch(self, author: bytes, epoch: int) -> _Epoch | None:
+        """The entry to change, or None where the epoch is too old to be told from others."""
         self.version += 1
         entry = self._authors.get(author)
         if entry is None:
@@ -114,25 +132,37 @@ class Ledger:
                 self._forget_oldest()
         else:
             self._authors.move_to_end(author)
-        known = entry.epochs.get(epoch)
-        if known is None:
-            known = _Epoch()
-            if epoch > entry.dead_epoch:
-                entry.epochs[epoch] = known
-                self._entries += 1
+        if epoch not in entry.epochs and epoch > entry.dead_epoch:
+            entry.epochs[epoch] = _Epoch()
+            self._entries += 1
             if len(entry.epochs) > MAX_EPOCHS:
                 entry.dead_epoch = min(entry.epochs)
                 self._entries -= 1 + len(entry.epochs.pop(entry.dead_epoch).starts)
-        return known
+        return entry.epochs.get(epoch)
 
     def _forget_oldest(self) -> None:
         _, entry = self._authors.popitem(last=False)
         self._entries -= sum(1 + len(known.starts) for known in entry.epochs.values())
 
-    def dump(self, max_authors: int = 4096) -> bytes:
-        """The ledger of the authors heard last, as bytes for `load`."""
+    def dump(self, max_authors: int = 4096, *, without: Iterable[tuple[bytes, int, int, int]] = ()) -> bytes:
+        """The ledger of the authors heard last, as bytes for `load`.
+
+        Args:
+            without: (author, epoch, first, last) of numbers that are to count as never accepted.
+        """
+        ranges: dict[tuple[bytes, int], list[tuple[int, int]]] = {}
+        for author, epoch, first, last in sorted(without):
+            known_ranges = ranges.setdefault((author, epoch), [])
+            if known_ranges and first <= known_ranges[-1][1] + 1:
+                known_ranges[-1] = (known_ranges[-1][0], max(last, known_ranges[-1][1]))
+            else:
+                known_ranges.append((first, last))
         rows = [
-            (author, entry.dead_epoch, [(number, known.silenced, known.starts, known.ends) for number, known in entry.epochs.items()])
+            (
+                author,
+                entry.dead_epoch,
+                [(number, known.silenced, *known.without(ranges.get((author, number), ()))) for number, known in entry.epochs.items()],
+            )
             for author, entry in list(self._authors.items())[-max_authors:]
         ]
         return msgspec.msgpack.encode(rows)

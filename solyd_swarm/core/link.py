@@ -24,6 +24,7 @@ class Link:
 
     __slots__ = (
         "_base",
+        "_excused",
         "_lowest",
         "_own",
         "_pending",
@@ -62,6 +63,7 @@ class Link:
         self.acked_count = 0
         self.overflow = False
         self._pending: deque[tuple[int, bytes]] = deque()
+        self._excused: set[bytes] = set()  # announced ids that the peer itself said it cannot give
         # Outbound: ids sent, and of our own envelopes among them (number, first sequence).
         self.sent = 0
         self._own: deque[tuple[int, int]] = deque()
@@ -92,13 +94,19 @@ class Link:
     def caught_up(self) -> None:
         """The sets were equal: what the peer announced before is held, or was dropped by the peer itself."""
         self._pending.clear()
+        self._excused.clear()
         self.overflow = False
+
+    def excuse(self, id: bytes) -> None:
+        """The peer announced this id, and cannot give it: nothing of it is left to acknowledge."""
+        if len(self._excused) < len(self._pending):
+            self._excused.add(id)
 
     def acknowledge(self, holds: Callable[[bytes], bool]) -> int | None:
         """The count to acknowledge now, or None where it has not grown."""
         pending = self._pending
-        while pending and holds(pending[0][1]):
-            pending.popleft()
+        while pending and (pending[0][1] in self._excused or holds(pending[0][1])):
+            self._excused.discard(pending.popleft()[1])
         if self.overflow and not pending:
             return None
         count = pending[0][0] - 1 if pending else self.received

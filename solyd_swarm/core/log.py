@@ -9,11 +9,12 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum, auto
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from solyd_swarm.core.envelope import Envelope, equivocate, equivocation_id
 from solyd_swarm.core.ledger import Ledger
 from solyd_swarm.core.reconcile import ItemSet
+from solyd_swarm.core.wire import MAX_AGE
 
 DEFAULT_WINDOW = 600.0
 DEFAULT_BYTES = 64 * 1024 * 1024
@@ -36,6 +37,8 @@ class Outcome(Enum):
     """Known by its id."""
     REFUSED = auto()
     """Replayed, or of an author and epoch that equivocated."""
+    KNOWN = auto()
+    """Accepted in an earlier life, and still of the window: kept for others, neither relayed nor delivered."""
     EQUIVOCATION = auto()
     """It convicts its author; `Log.get(equivocation_id(...)).proof` holds the proof."""
 
@@ -44,7 +47,8 @@ class Outcome(Enum):
 class Record:
     """One id that we know. `born`: when it was published, on our own monotonic clock.
 
-    `envelope` is None where the body is gone; `proof` is set for the item that stands for an equivocation.
+    `envelope` is None where the body is gone; `proof` is set for the item that stands for an equivocation. `stream` is
+    (author, epoch); None where we know the id by hearsay only, as gone.
     """
 
     id: bytes
@@ -54,6 +58,12 @@ class Record:
     stream: tuple[bytes, int] | None = None
     envelope: Envelope | None = None
     proof: tuple[Envelope, Envelope] | None = None
+
+    @property
+    def bodies_size(self) -> int:
+        """Bytes of bodies that the record keeps."""
+        kept = self.proof or (() if self.envelope is None else (self.envelope,))
+        return sum(envelope.size for envelope in kept)
 
 
 class Log:
@@ -79,6 +89,8 @@ class Log:
         self._ids: dict[tuple[bytes, int], dict[bytes, None]] = {}
         self._dropped: OrderedDict[bytes, None] = OrderedDict()
         self._floor = float("-inf")
+        self.started = float("inf")
+        """When this life began, on the clock of `now`."""
 
     def __len__(self) -> int:
         return len(self._records)
@@ -90,16 +102,25 @@ class Log:
         """Whether there is nothing left to ask for: the body is here, or was, or is known to be too old."""
         return id in self._records or id in self._dropped
 
+    def witnessed(self, id: bytes) -> bool:
+        """As `holds`, but not on hearsay: a lie that a body is gone must not keep us from taking it of who has it."""
+        record = self._records.get(id)
+        return id in self._dropped if record is None else record.stream is not None
+
     def max_age(self, now: float) -> float:
         """Seconds of age beyond which we want no body."""
         return min(self.window, now - self._floor)
 
     def age_ms(self, record: Record, now: float) -> int:
         """Milliseconds since publication."""
-        return max(0, int((now - record.born) * 1000))
+        return min(max(0, int((now - record.born) * 1000)), MAX_AGE)
 
-    def add(self, envelope: Envelope, age: float, hops: int, now: float) -> Outcome:
-        """Takes in a verified envelope of `age` seconds."""
+    def add(self, envelope: Envelope, age: float, hops: int, now: float, *, pulled: bool = False) -> Outcome:
+        """Takes in a verified envelope of `age` seconds.
+
+        Args:
+            pulled: a digest round showed it to be in a member's set; only then is what an earlier life accepted kept again.
+        """
         record = self._records.get(envelope.id)
         stream = (envelope.author, envelope.epoch)
         if record is not None and (record.envelope or record.stream):
@@ -107,12 +128,14 @@ class Log:
         born = now - age
         if envelope.id in self._dropped or self.ledger.is_silenced(*stream):
             return Outcome.REFUSED
-        if age >= 2 * self.window or born <= self._floor:
+        if self._too_old(born, now):
             return Outcome.EXPIRED
         if (other := self._overlap(envelope)) is not None:
             self.convict((other, envelope), age, now)
             return Outcome.EQUIVOCATION
-        if self.ledger.refuses(*stream, envelope.first, envelope.last):
+        refused = self.ledger.refuses(*stream, envelope.first, envelope.last)
+        # What an earlier life accepted is older than this life; past one window a replay cannot claim to be that any more.
+        if refused and not (pulled and now - self.started <= age < self.window):
             return Outcome.REFUSED
         if age >= self.window:
             # As hearsay: nothing but the sender's word says so, and a lie must not keep a fresh copy out.
@@ -121,19 +144,15 @@ class Log:
         if record is not None:
             # So far known by hearsay only, as gone: now that it is here, what it says itself counts.
             self._remove(record)
-        self.ledger.mark(*stream, envelope.first, envelope.last)
-        record = Record(envelope.id, envelope.time, born, hops, stream)
-        self._insert(record)
-        record.envelope = envelope
-        self.bytes += envelope.size
+        if not refused:
+            self.ledger.mark(*stream, envelope.first, envelope.last)
+        self._insert(Record(envelope.id, envelope.time, born, hops, stream, envelope))
         insort(self._ranges.setdefault(stream, []), (envelope.first, envelope.id))
-        heappush(self._bodies, (born, envelope.id))
-        self._evict_bodies()
-        return Outcome.ACCEPTED
+        return Outcome.KNOWN if refused else Outcome.ACCEPTED
 
     def add_gone(self, id: bytes, timestamp: int, age: float, now: float) -> bool:
         """Learns an id whose body is not to be had (or not wanted). False where it is known, or too old to matter."""
-        if self.holds(id) or age >= 2 * self.window or now - age <= self._floor:
+        if self.holds(id) or self._too_old(now - age, now):
             return False
         self._insert(Record(id, timestamp, now - age))
         return True
@@ -145,16 +164,28 @@ class Log:
             self._dropped.popitem(last=False)
 
     def convict(self, proof: tuple[Envelope, Envelope], age: float, now: float) -> bool:
-        """Replaces all of an author's epoch by the one item of its equivocation. False where that was known."""
-        author, epoch = proof[0].author, proof[0].epoch
-        if self.ledger.is_silenced(author, epoch):
+        """Replaces all of an author's epoch by the one item of its equivocation. False where that was known.
+
+        A ledger may know of it from an earlier life: then the item is taken in, but it is no news.
+        """
+        stream = (author, epoch) = (proof[0].author, proof[0].epoch)
+        id = equivocation_id(author, epoch)
+        record = self._records.get(id)
+        known = self.ledger.is_silenced(author, epoch)
+        if (record is not None and record.stream is not None) or (known and id in self._dropped):
             return False
+        if record is not None:
+            self._remove(record)
         self.ledger.silence(author, epoch)
-        for id in list(self._ids.get((author, epoch), ())):
-            self._remove(self._records[id])
-            self.refuse(id)
-        self._insert(Record(equivocation_id(author, epoch), epoch, now - age, proof=proof))
-        return True
+        for other in list(self._ids.get(stream, ())):
+            self._remove(self._records[other])
+            self.refuse(other)
+        # Not older than the floor: what is known of the author matters for as long as it may go on.
+        born = now - age
+        if self._too_old(born, now):
+            born = now
+        self._insert(Record(id, epoch, born, stream=stream, proof=proof))
+        return not known
 
     def expire(self, now: float) -> None:
         """Drops the bodies older than the window and the ids older than two."""
@@ -181,15 +212,37 @@ class Log:
                     return other
         return None
 
+    def _too_old(self, born: float, now: float) -> bool:
+        """Whether even the id is of no interest: expired, or older than all that there is room for."""
+        is_full = len(self._records) >= MAX_IDS and born <= self._by_birth[0][0]
+        return now - born >= 2 * self.window or born <= self._floor or is_full
+
     def _insert(self, record: Record) -> None:
+        """Makes room, then takes the record in; it stays at least until the next one comes, however old it is."""
+        while len(self._records) >= MAX_IDS:
+            self._floor = max(self._floor, self._by_birth[0][0])
+            self._drop_oldest()
+        size = record.bodies_size
+        while self._bodies and self.bytes + size > self.max_bytes:
+            self._drop_body(heappop(self._bodies)[1])
         self._records[record.id] = record
         self.items.add(record.timestamp, record.id)
         if record.stream is not None:
             self._ids.setdefault(record.stream, {})[record.id] = None
         heappush(self._by_birth, (record.born, record.id))
-        while len(self._records) > MAX_IDS:
-            self._floor = max(self._floor, self._by_birth[0][0])
-            self._drop_oldest()
+        if size:
+            self.bytes += size
+            heappush(self._bodies, self._body_entry(record))
+        # Bounds an author that convicts itself again and again: what it took away leaves entries behind.
+        if max(len(self._by_birth), len(self._bodies)) > 2 * len(self._records) + 1024:
+            self._by_birth = [(kept.born, kept.id) for kept in self._records.values()]
+            self._bodies = [self._body_entry(kept) for kept in self._records.values() if kept.bodies_size]
+            heapify(self._by_birth)
+            heapify(self._bodies)
+
+    def _body_entry(self, record: Record) -> tuple[float, bytes]:
+        # A proof is kept for as long as its id: whoever has not heard of it yet needs it.
+        return (record.born if record.proof is None else record.born + self.window, record.id)
 
     def _remove(self, record: Record) -> None:
         self._drop_body(record.id)
@@ -207,19 +260,18 @@ class Log:
         # A record that came back with another birth has a heap entry of its own.
         if record is not None and record.born == born:
             self._remove(record)
-            self.refuse(id)
+            if record.stream is not None:  # hearsay that has expired must not keep the envelope itself out
+                self.refuse(id)
 
     def _drop_body(self, id: bytes) -> None:
         record = self._records.get(id)
-        if record is None or record.envelope is None or record.stream is None:
+        if record is None:
             return
-        self.bytes -= record.envelope.size
-        ranges = self._ranges[record.stream]
-        del ranges[bisect_left(ranges, (record.envelope.first, id))]
-        if not ranges:
-            del self._ranges[record.stream]
-        record.envelope = None
-
-    def _evict_bodies(self) -> None:
-        while self.bytes > self.max_bytes and len(self._bodies) > 1:
-            self._drop_body(heappop(self._bodies)[1])
+        self.bytes -= record.bodies_size
+        record.proof = None
+        if record.envelope is not None and record.stream is not None:
+            ranges = self._ranges[record.stream]
+            del ranges[bisect_left(ranges, (record.envelope.first, id))]
+            if not ranges:
+                del self._ranges[record.stream]
+            record.envelope = None

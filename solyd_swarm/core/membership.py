@@ -12,10 +12,26 @@ from dataclasses import dataclass
 
 from solyd_swarm.core.events import Action, Addresses, Dial, NeighborDown, NeighborUp, Send
 from solyd_swarm.core.link import Link
-from solyd_swarm.core.wire import Disconnect, ForwardJoin, Frame, Join, Neighbor, NeighborReply, PeerInfo, Shuffle, ShuffleReply, encode
+from solyd_swarm.core.wire import (
+    MAX_PEERS,
+    Disconnect,
+    ForwardJoin,
+    Frame,
+    Join,
+    Neighbor,
+    NeighborReply,
+    PeerInfo,
+    Shuffle,
+    ShuffleReply,
+    encode,
+    make_peer_info,
+)
 
 MAX_SHUFFLE_ROUTES = 256
 """Walks whose way back is remembered: bounds a flood of shuffles; the oldest route is forgotten."""
+
+MAX_RESTS = 256
+"""Peers whose links failed lately and that are not dialled again at once: bounds peers that connect and hang up. The oldest go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +49,9 @@ class MembershipConfig:
     # has room for us the pause doubles up to the longest.
     fill_interval: float = 0.5
     fill_interval_max: float = 30.0
+    # Whose link failed is dialled again at once, for networks do hiccup; if it fails again soon, after a pause that doubles.
+    redial_pause: float = 0.5
+    redial_pause_max: float = 30.0
     # A dial plus a request, on a slow path; after that the next candidate gets its turn.
     request_timeout: float = 5.0
 
@@ -67,9 +86,15 @@ class Membership:
         self._on_down = on_down
         self._requests: dict[bytes, float] = {}  # asked or being dialled for a place, until when
         self._shuffle_routes: dict[bytes, bytes] = {}  # origin of a walk that we passed on -> where it came from
+        self._rests: dict[bytes, tuple[float, float]] = {}  # peer whose link failed -> dialled no sooner than, next pause
         self._next_shuffle = 0.0
         self._next_fill = 0.0
         self._fill_pause = config.fill_interval
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the active view has a free place."""
+        return len(self.active) < self.config.active_size
 
     # -- links ------------------------------------------------------------------------------------------------
 
@@ -79,7 +104,7 @@ class Membership:
         self.passive.pop(link.peer, None)
         if link.initiated:
             self.request(link, now)
-        elif len(self.active) < self.config.active_size:
+        elif self.has_room:
             self._remember(link.info, b"")
 
     def request(self, link: Link, now: float, *, high: bool = False) -> None:
@@ -99,7 +124,18 @@ class Membership:
         self._drop(link, reason)
         if failed and link.info.addresses:
             self._remember(link.info, b"")
+            self._rest(link.peer, now)
         self._fill(now)
+
+    def _rest(self, peer: bytes, now: float) -> None:
+        """A peer whose links fail one after the other, for whatever reason, must not keep us busy dialling."""
+        until, pause = self._rests.pop(peer, (now, 0.0))
+        if now - until > 2 * self.config.redial_pause_max:
+            pause = 0.0  # long ago
+        following = min(max(2 * pause, self.config.redial_pause), self.config.redial_pause_max)
+        self._rests[peer] = (now + pause, following)
+        while len(self._rests) > MAX_RESTS:
+            del self._rests[next(iter(self._rests))]
 
     def dial_failed(self, instance: bytes, now: float) -> None:
         """Nobody there: forget it, try the next."""
@@ -113,8 +149,12 @@ class Membership:
         """One membership frame of a peer."""
         match frame:
             case Join():
+                is_news = link.peer not in self.active
                 self._accept(link)
-                self._forward_join(link)
+                if is_news:  # a Join repeated must not set off walks again and again
+                    self._forward_join(link)
+            case ForwardJoin() | Shuffle() | ShuffleReply() if not link.up:
+                pass  # walks go from neighbour to neighbour; it was one until a moment ago
             case ForwardJoin():
                 self._walk_join(link, frame, now)
             case Neighbor():
@@ -159,7 +199,7 @@ class Membership:
             self._approach(frame.peer, link.peer, now)
 
     def _answer(self, link: Link, frame: Neighbor) -> None:
-        if frame.high or link.peer in self.active or len(self.active) < self.config.active_size:
+        if frame.high or link.peer in self.active or self.has_room:
             self._accept(link)
         else:
             self._send(link.peer, NeighborReply(False, self._others(link.peer)))
@@ -167,7 +207,8 @@ class Membership:
 
     def _replied(self, link: Link, frame: NeighborReply, now: float) -> None:
         expected = self._requests.pop(link.peer, None) is not None
-        self._learn(frame.peers, link.peer)
+        if expected or link.up:
+            self._learn(frame.peers, link.peer)
         if frame.accepted and (expected or link.peer in self.active):
             self._add(link)
         elif frame.accepted:
@@ -189,7 +230,8 @@ class Membership:
                 del self._shuffle_routes[next(iter(self._shuffle_routes))]
             self._send(self._rng.choice(onward), Shuffle(frame.origin, ttl, frame.peers))
             return
-        self._send(link.peer, ShuffleReply(frame.origin.instance, self._sample(len(frame.peers) + 1, frame.origin.instance)))
+        answer = self._sample(min(len(frame.peers) + 1, MAX_PEERS), frame.origin.instance)
+        self._send(link.peer, ShuffleReply(frame.origin.instance, answer))
         self._learn([frame.origin, *frame.peers], link.peer)
 
     def _shuffle_replied(self, link: Link, frame: ShuffleReply) -> None:
@@ -226,7 +268,7 @@ class Membership:
 
     def discovered(self, instance: bytes, addresses: Addresses) -> None:
         """A source found a peer whose instance key it tells."""
-        self._remember(PeerInfo(instance, addresses), b"")
+        self._remember(make_peer_info(instance, addresses), b"")
 
     def _learn(self, peers: Iterable[PeerInfo], via: bytes) -> None:
         for info in peers:
@@ -237,8 +279,14 @@ class Membership:
             return
         if not info.addresses and info.instance not in self._links:
             return
+        known = self.passive.get(info.instance)
+        if known is not None and via and known[1] != via:
+            return  # nobody's hearsay replaces the addresses that another, or the peer itself, told us
         self.passive[info.instance] = (info, via)
-        # Bounds a peer that floods us with made-up entries: a random one goes, so no one can push out all the others at will.
+        # Bounds a peer that floods us with made-up entries: one of its own goes once it has half of the view, else a random one.
+        told = [instance for instance, (_, teller) in self.passive.items() if via and teller == via]
+        if 2 * len(told) > self.config.passive_size:
+            del self.passive[self._rng.choice(told)]
         while len(self.passive) > self.config.passive_size:
             del self.passive[self._rng.choice(list(self.passive))]
 
@@ -258,6 +306,11 @@ class Membership:
         link = self._links.get(peer)
         if link is not None:
             self.request(link, now)
+        elif len(self.active) + len(self._requests) >= self.config.active_size:
+            self._remember(info, via)  # bounds walks made up to have us dial all the world
+        elif (rested := self._rests.get(peer, (now, 0.0))[0]) > now:
+            self._remember(info, via)
+            self._next_fill = min(self._next_fill, rested)
         elif info.addresses:
             self._requests[peer] = now + self.config.request_timeout
             self._out.append(Dial(peer, info.addresses, via))

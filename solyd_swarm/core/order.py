@@ -75,8 +75,10 @@ class Sequencer:
             stream = self._streams[key] = _Stream(self._base(envelope, expected))
         else:
             self._streams.move_to_end(key)
-        if stream.next is not None and self.settled:
-            if envelope.first < stream.next:
+        if stream.next is None and envelope.first == 1:
+            stream.next = 1  # nothing can come before it, so the digest round need not be waited for
+        if stream.next is not None:
+            if envelope.first < stream.next and self.settled:
                 return [*delivered, Delivery(envelope, source, True)]
             if envelope.first == stream.next and not stream.waiting:
                 stream.next = envelope.last + 1
@@ -130,6 +132,10 @@ class Sequencer:
         if stream is not None:
             self._gaps.pop((author, epoch), None)
             self._waiting_bytes -= sum(envelope.size for envelope, _ in stream.waiting.values())
+
+    def waiting(self) -> list[Envelope]:
+        """What was accepted and is not delivered yet."""
+        return [envelope for stream in self._streams.values() for envelope, _ in stream.waiting.values()]
 
     def _release(self, stream: _Stream, first: int, *, late: bool) -> Delivery:
         envelope, source = stream.waiting.pop(first)

@@ -1,6 +1,7 @@
 """A seeded discrete-event network that drives `Overlay` objects: same seed, same run.
 
-Links are reliable and ordered, as TCP is, unless told otherwise (`loss`, `cut`), since the core has to survive that too.
+Links are reliable and ordered, as TCP is, unless told otherwise (`loss`, `duplication`, `cut`), since the core has to survive
+that too. What it says of acknowledgements (`Progress`) is true on reliable links only.
 """
 
 import random
@@ -39,6 +40,8 @@ from solyd_swarm.core.overlay import Overlay, OverlayConfig
 from solyd_swarm.core.wire import PeerInfo
 
 TOPIC_ID = b"simulated topic."
+UNUSED_TIMEOUT = 10.0
+"""Seconds after which a channel that no topic uses is closed, as a node does."""
 
 
 def key_pair(seed: str) -> tuple[bytes, bytes]:
@@ -85,6 +88,8 @@ class Network:
         self.now = 0.0
         self.latency = latency
         self.loss = loss
+        self.duplication = 0.0
+        """Share of frames that arrive twice (0 to 1)."""
         self.config = config or OverlayConfig()
         self.peers: list[Peer] = []
         self.frames_sent = 0
@@ -223,11 +228,22 @@ class Network:
             return
         pair = frozenset((peer.index, other.index))
         if pair in self._links:
+            self.feed(peer, DialFailed(action.instance, action.addresses))
             return
         self._count += 1
-        self._links[pair] = self._count
+        self._links[pair] = generation = self._count
+        self.after(UNUSED_TIMEOUT, lambda: self._close_unused(peer, other, generation))
         self.feed(peer, LinkUp(other.id, other.overlay.author, other.address, True, action.addresses))
         self.feed(other, LinkUp(peer.id, peer.overlay.author, peer.address, False))
+
+    def _close_unused(self, one: Peer, other: Peer, generation: int) -> None:
+        """Ends a link that neither side has a use for, and looks again later where one has."""
+        if self._links.get(frozenset((one.index, other.index))) != generation:
+            return
+        if one.overlay.uses(other.id) or other.overlay.uses(one.id):
+            self.after(UNUSED_TIMEOUT, lambda: self._close_unused(one, other, generation))
+        else:
+            self.cut(one, other)
 
     def _hang_up(self, peer: Peer, other_id: bytes) -> None:
         self.cut(peer, self.find(other_id))
@@ -255,6 +271,8 @@ class Network:
                 self.feed(other, Received(peer.id, [action.data]))
 
         self.after(arrival - self.now, arrive)
+        if self.duplication and self.rng.random() < self.duplication:
+            self.after(arrival - self.now, arrive)
 
     # -- what tests look at -----------------------------------------------------------------------------------
 

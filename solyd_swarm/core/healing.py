@@ -1,0 +1,165 @@
+"""Candidates that sources found, and healing: two halves that formed apart become one swarm.
+
+Each member tries one candidate outside its views now and then, compares digests with it, and keeps it when they differ.
+"""
+
+import random
+from collections.abc import Callable
+
+from solyd_swarm.core.events import Action, Addresses, Dial, DialFailed, Discovered, LinkUp
+from solyd_swarm.core.link import Link
+from solyd_swarm.core.membership import Membership
+
+MAX_CANDIDATES = 256
+"""Discovered peers outside our views, kept for healing: bounds a poisoned source. A random one goes."""
+
+Key = bytes | Addresses
+"""The instance key, or the addresses where the source does not tell it."""
+
+
+class Healing:
+    """The candidates of one topic. It appends what is to be done to `out`.
+
+    Args:
+        interval: seconds between two tries, about.
+        patience: seconds that comparing digests may take.
+        open_round: starts a digest round.
+    """
+
+    def __init__(
+        self,
+        links: dict[bytes, Link],
+        membership: Membership,
+        out: list[Action],
+        rng: random.Random,
+        *,
+        interval: float,
+        patience: float,
+        open_round: Callable[[Link], None],
+    ) -> None:
+        self._links = links
+        self._membership = membership
+        self._out = out
+        self._rng = rng
+        self._interval = interval
+        self._patience = patience
+        self._open_round = open_round
+        self._candidates: dict[Key, tuple[bytes, Addresses]] = {}
+        self._tried: dict[Key, float] = {}  # when those of them that were
+        self._dialled: dict[Key, float] = {}  # dials on their way, until when nobody need try again
+        self._probes: dict[Key, float] = {}  # those of them that are for healing
+        self._comparing: dict[bytes, float] = {}  # links dialled to compare digests only
+        self._next: float | None = None
+
+    def uses(self, peer: bytes) -> bool:
+        """Whether digests are being compared with this peer."""
+        return peer in self._comparing
+
+    # -- candidates -------------------------------------------------------------------------------------------
+
+    def discovered(self, event: Discovered, now: float) -> None:
+        """A source found someone: a neighbour at once, while there is room."""
+        key = event.instance or event.addresses
+        if not event.addresses or event.instance == self._membership.me.instance or self._is_linked(event.instance, event.addresses):
+            return
+        self._candidates[key] = (event.instance, event.addresses)
+        while len(self._candidates) > MAX_CANDIDATES:
+            del self._candidates[self._rng.choice(list(self._candidates))]
+        if event.instance:
+            self._membership.discovered(event.instance, event.addresses)
+        # Sources repeat themselves: one dial at a time.
+        if self._membership.has_room and self._dialled.get(key, now) <= now:
+            self._dial(key, event.instance, event.addresses, now)
+
+    def _is_linked(self, instance: bytes, addresses: Addresses) -> bool:
+        """Whether the candidate is at the other end of a link; without an instance key the addresses have to tell."""
+        if instance:
+            return instance in self._links
+        linked = (address for link in self._links.values() for address in (*link.info.addresses, *link.dialled))
+        return not set(addresses).isdisjoint(linked)
+
+    def _dial(self, key: Key, instance: bytes, addresses: Addresses, now: float) -> None:
+        self._dialled = {other: until for other, until in self._dialled.items() if until > now}
+        self._dialled[key] = now + self._patience
+        self._out.append(Dial(instance, addresses))
+
+    def dial_failed(self, event: DialFailed) -> None:
+        """Nobody there."""
+        for known in (self._candidates, self._probes, self._dialled):
+            known.pop(event.instance or event.addresses, None)
+
+    def alone(self, now: float) -> None:
+        """The last neighbour has gone: all the candidates that a view has room for are tried at once."""
+        outside = [key for key, candidate in self._candidates.items() if not self._is_linked(*candidate)]
+        for key in self._rng.sample(outside, min(self._membership.config.active_size, len(outside))):
+            if self._dialled.get(key, now) <= now:
+                self._dial(key, *self._candidates[key], now)
+
+    # -- healing ----------------------------------------------------------------------------------------------
+
+    def link_up(self, link: Link, event: LinkUp, now: float) -> bool:
+        """A link has come up. True if it is there to compare digests only, which begins now."""
+        found = probed = False
+        for key in (event.peer, event.dialled):
+            found = self._candidates.pop(key, None) is not None or found
+            probed = self._probes.pop(key, None) is not None or probed
+            self._dialled.pop(key, None)
+        if found:
+            # Still one, by its own name now: it may refuse us a place, and be of another half all the same.
+            self._candidates[event.peer] = (event.peer, link.info.addresses or event.dialled)
+        if not probed or not self._membership.active:
+            return False
+        self._compare(link, now)
+        return True
+
+    def _compare(self, link: Link, now: float) -> None:
+        self._tried[link.peer] = now
+        self._comparing[link.peer] = now + self._patience
+        self._open_round(link)
+
+    def link_down(self, peer: bytes) -> None:
+        """The link has gone."""
+        self._comparing.pop(peer, None)
+
+    def neighbor_up(self, peer: bytes) -> None:
+        """The link has become a neighbour's."""
+        self._comparing.pop(peer, None)
+        self._candidates.pop(peer, None)
+
+    def settled(self, link: Link, equal: bool, now: float) -> None:
+        """A digest round has ended: who knows something else is worth a place."""
+        if self._comparing.pop(link.peer, None) is not None and not equal and not link.up:
+            self._membership.request(link, now, high=True)
+
+    def tick(self, now: float) -> float:
+        """Tries one candidate when due; returns when to come back."""
+        if self._next is None:
+            self._next = now + self._interval * self._rng.random()
+        elif self._next <= now:
+            self._next = now + self._interval * (0.75 + self._rng.random() / 2)
+            self._comparing = {peer: until for peer, until in self._comparing.items() if until > now}
+            self._probes = {key: until for key, until in self._probes.items() if until > now}
+            self._try_one(now)
+        return self._next
+
+    def _try_one(self, now: float) -> None:
+        active = self._membership.active
+        outside = [
+            key
+            for key, (instance, addresses) in self._candidates.items()
+            if instance not in active and (instance or not self._is_linked(instance, addresses))
+        ]
+        if not outside:
+            return
+        # Whoever was never tried comes first: it may be of a half that we have not heard of.
+        untried = [key for key in outside if key not in self._tried]
+        key = self._rng.choice(untried) if untried else min(outside, key=self._tried.__getitem__)
+        instance, addresses = self._candidates[key]
+        self._tried = {known: at for known, at in self._tried.items() if known in self._candidates}
+        self._tried[instance or key] = now
+        link = self._links.get(instance)
+        if link is not None:
+            self._compare(link, now)
+        else:
+            self._probes[key] = now + self._interval
+            self._dial(key, instance, addresses, now)

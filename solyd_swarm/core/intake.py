@@ -1,0 +1,139 @@
+"""Intake: what becomes of envelopes and proofs that arrive. Verified first, then logged, relayed, and delivered in order."""
+
+from collections.abc import Callable
+
+from solyd_swarm.core.antientropy import AntiEntropy, check_proof
+from solyd_swarm.core.broadcast import Broadcast
+from solyd_swarm.core.envelope import Verifier, envelope_id, equivocate, equivocation_id, open_envelope
+from solyd_swarm.core.events import Action, Deliver, Equivocated, Send
+from solyd_swarm.core.link import Link
+from solyd_swarm.core.log import Log, Outcome, Record
+from solyd_swarm.core.order import Delivery, Sequencer
+from solyd_swarm.core.wire import MAX_HOPS, Gossip, Proof, Transfer, encode
+from solyd_swarm.errors import RemoteProtocolError
+
+
+class Intake:
+    """Takes in Gossip, Transfer and Proof of one topic. It appends what is to be done to `out`.
+
+    Args:
+        author: our own key: what it signed is kept and relayed, but not delivered to us.
+        accept_age: seconds of age beyond which a body is not wanted, at the time given.
+    """
+
+    def __init__(
+        self,
+        topic_id: bytes,
+        author: bytes,
+        verify: Verifier,
+        log: Log,
+        sequencer: Sequencer,
+        broadcast: Broadcast,
+        antientropy: AntiEntropy,
+        active: dict[bytes, Link],
+        out: list[Action],
+        accept_age: Callable[[float], float],
+    ) -> None:
+        self._topic_id = topic_id
+        self._author = author
+        self._verify = verify
+        self._log = log
+        self._sequencer = sequencer
+        self._broadcast = broadcast
+        self._antientropy = antientropy
+        self._active = active
+        self._out = out
+        self._accept_age = accept_age
+        self._expected: int | None = None  # what the ledger knew before the envelope at hand
+
+    def gossip(self, link: Link, frame: Gossip, now: float) -> bool:
+        """An eager push. Whether deadlines may have changed."""
+        id = envelope_id(frame.body)
+        if self._log.witnessed(id):
+            link.note_received(id, True)
+            self._broadcast.duplicate(link, now)
+            return False
+        record = self._take(link, id, frame, now, pulled=False)
+        link.note_received(id, True)
+        if record is None:
+            return False
+        self._broadcast.accepted(link, record)
+        self._broadcast.push(record, now, without=link.peer)
+        return self._deliver_on(record, link, now)
+
+    def transfer(self, link: Link, frame: Transfer, now: float) -> bool:
+        """What we pulled. Whether deadlines may have changed."""
+        id = envelope_id(frame.body)
+        record = None if self._log.witnessed(id) else self._take(link, id, frame, now, pulled=True)
+        link.note_received(id, True)
+        self._broadcast.fetched(id)
+        review = False
+        if record is not None:
+            if self._sequencer.settled:
+                # Others may lack it too, and learn of it now rather than a digest period later; not so what a joiner catches up on.
+                self._broadcast.push(record, now, without=link.peer, lazily=True)
+            review = self._deliver_on(record, link, now)
+        # Answered only now: ending the round may begin delivery, which must see this envelope.
+        return self._antientropy.pulls.answered(link, id, now) or review
+
+    def _take(self, link: Link, id: bytes, frame: Gossip | Transfer, now: float, *, pulled: bool) -> Record | None:
+        """Verifies an envelope and offers it to the log; the record where it is new, to be relayed and delivered."""
+        envelope = open_envelope(self._topic_id, frame.body, frame.signature, self._verify, id=id)
+        age = frame.age / 1000
+        if age > self._accept_age(now):
+            # Not wanted: published before we joined (without replay), or older than what we keep.
+            if not self._log.add_gone(id, envelope.time, age, now):
+                self._antientropy.pulls.refuse(link, id, now)
+            return None
+        self._expected = self._log.ledger.expected(envelope.author, envelope.epoch)
+        match self._log.add(envelope, age, min(frame.hops + 1, MAX_HOPS), now, pulled=pulled):
+            case Outcome.ACCEPTED:
+                return self._log.get(id)
+            case Outcome.EQUIVOCATION:
+                self._convicted(envelope.author, envelope.epoch, now)
+            case Outcome.REFUSED:
+                self._log.refuse(id)
+            case Outcome.EXPIRED:
+                self._antientropy.pulls.refuse(link, id, now)
+        return None
+
+    def _deliver_on(self, record: Record, link: Link, now: float) -> bool:
+        assert record.envelope is not None
+        review = self._antientropy.traffic(now)
+        had_gap = self._sequencer.has_gap
+        if record.envelope.author != self._author:
+            self.deliver(self._sequencer.accept(record.envelope, link.peer, self._expected, now))
+        if self._sequencer.has_gap and not had_gap:
+            review = True
+            if link.up:
+                self._antientropy.open_round(link)
+        return review
+
+    def deliver(self, deliveries: list[Delivery]) -> None:
+        """Hands messages to the application."""
+        for envelope, source, late in deliveries:
+            self._out.append(Deliver(envelope, source, late))
+
+    def proof(self, link: Link, frame: Proof, now: float) -> None:
+        """An equivocation, proven."""
+        check_proof(frame)
+        one = open_envelope(self._topic_id, frame.first, frame.first_signature, self._verify)
+        other = open_envelope(self._topic_id, frame.second, frame.second_signature, self._verify)
+        if not equivocate(one, other):
+            raise RemoteProtocolError("a proof of equivocation that proves nothing")
+        if self._log.convict((one, other), frame.age / 1000, now):
+            self._convicted(one.author, one.epoch, now, without=link.peer)
+        self._antientropy.pulls.answered(link, equivocation_id(one.author, one.epoch), now)
+
+    def _convicted(self, author: bytes, epoch: int, now: float, without: bytes = b"") -> None:
+        """Reports an equivocation once, silences the author for the epoch, and tells the neighbours."""
+        self._sequencer.silence(author, epoch)
+        record = self._log.get(equivocation_id(author, epoch))
+        if record is None or record.proof is None:
+            return
+        one, other = record.proof
+        self._out.append(Equivocated(author, epoch, record.proof))
+        data = encode(Proof(self._log.age_ms(record, now), one.body, one.signature, other.body, other.signature))
+        for peer in self._active:
+            if peer != without:
+                self._out.append(Send(peer, data))

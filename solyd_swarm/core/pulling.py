@@ -1,0 +1,256 @@
+"""Pulling: fetching from a peer what a digest round, or an offer of its own, showed it to hold and us to lack.
+
+Each id is asked of one peer at a time. No answer of one peer keeps us from asking another: not that it has never heard of the
+id, not silence, and that a body is gone is believed only when it was said twice, by two peers or by one after a while.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from solyd_swarm.core.broadcast import SERVED_BYTES
+from solyd_swarm.core.events import Action, Send
+from solyd_swarm.core.link import Link
+from solyd_swarm.core.log import Log
+from solyd_swarm.core.wire import MAX_BATCH, Gone, Have, Proof, Pull, Transfer, encode
+
+MAX_QUEUE = 65_536
+"""Ids still to be pulled from one peer: bounds a peer that advertises what nobody has. What does not fit is found again by a
+later round."""
+MAX_REFUSED = 65_536
+"""Ids that a peer advertised and then did not give, per peer; they are not asked of it again for a while. The oldest go first."""
+MAX_HEARSAY = 65_536
+"""Ids that one peer said are gone, until a second one does. The oldest go first."""
+
+
+@dataclass(frozen=True, slots=True)
+class AntiEntropyConfig:
+    """Of digest rounds and of pulls. Times in seconds."""
+
+    # Rounds run this often while traffic flows, and back off to the longest while the sets are equal and nothing is published.
+    digest_interval: float = 1.0
+    digest_interval_max: float = 10.0
+    # What a periodic round finds missing is mostly on its way on the tree: leave it this long before pulling it.
+    pull_grace: float = 0.25
+    # A conversation or a pull that makes no progress for this long is given up; the next round starts afresh.
+    patience: float = 5.0
+    pull_batch: int = 64
+    frame_size_limit: int = 60_000
+    # What a peer did not give is not asked of it again for this long.
+    refused_ttl: float = 30.0
+
+
+class _Queue:
+    """What is to be pulled from one peer."""
+
+    __slots__ = ("asked", "complete", "progress_at", "refused", "todo")
+
+    def __init__(self) -> None:
+        self.todo: OrderedDict[bytes, float] = OrderedDict()  # to be pulled, from when on
+        self.asked: dict[bytes, None] = {}  # pulled, not answered yet
+        self.refused: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()  # until when; whether it was silent rather than said so
+        self.complete = True
+        self.progress_at = 0.0
+
+
+class Puller:
+    """All pulls of one topic. It appends what is to be done to `out`.
+
+    Args:
+        accept_age: seconds of age beyond which we want no body, at the time given.
+        own_first: first sequence of an envelope if it is our own, else 0.
+        on_idle: told each time a link has nothing left to be pulled or answered.
+    """
+
+    def __init__(
+        self,
+        links: dict[bytes, Link],
+        log: Log,
+        out: list[Action],
+        config: AntiEntropyConfig,
+        accept_age: Callable[[float], float],
+        own_first: Callable[[bytes], int],
+        on_idle: Callable[[Link, float], None],
+    ) -> None:
+        self.config = config
+        self._links = links
+        self._log = log
+        self._out = out
+        self._accept_age = accept_age
+        self._own_first = own_first
+        self._on_idle = on_idle
+        self._queues: dict[bytes, _Queue] = {}
+        self._pulling: dict[bytes, bytes] = {}  # id -> the peer asked
+        self._hearsay: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # id -> who said first that it is gone, when
+
+    def link_down(self, link: Link) -> None:
+        """What this peer owed us is asked of others, who may have it in their queues too."""
+        queue = self._queues.pop(link.peer, None)
+        if queue is not None:
+            self._release(queue)
+
+    def is_idle(self, link: Link) -> bool:
+        """Whether nothing is left to be pulled from this peer."""
+        queue = self._queues.get(link.peer)
+        return queue is None or not (queue.asked or queue.todo)
+
+    def take_complete(self, link: Link) -> bool:
+        """Whether all that was found missing since the last call was asked for and answered."""
+        queue = self._queue(link)
+        complete, queue.complete = queue.complete, True
+        return complete
+
+    def _queue(self, link: Link) -> _Queue:
+        queue = self._queues.get(link.peer)
+        if queue is None:
+            queue = self._queues[link.peer] = _Queue()
+        return queue
+
+    # -- asking -----------------------------------------------------------------------------------------------
+
+    def enqueue(self, link: Link, ids: list[bytes], now: float, *, soon: bool) -> None:
+        """These are to be had from this peer: at once, if `soon`, else unless the tree brings them before long."""
+        queue = self._queue(link)
+        due = now if soon else now + self.config.pull_grace
+        for id in ids:
+            if self._log.holds(id) or id in queue.asked:
+                continue
+            if id in queue.refused or len(queue.todo) >= MAX_QUEUE:
+                queue.complete = queue.complete and id in queue.refused and not queue.refused[id][1]
+                continue
+            queue.todo.setdefault(id, due)
+
+    def offered(self, link: Link, ids: list[bytes], now: float, *, soon: bool) -> None:
+        """A Have: something new, or an answer to a Pull that asked for more than went at once."""
+        queue = self._queue(link)
+        for id in ids:
+            if id in queue.asked:
+                self._answered(queue, id, now)
+                # Others get their turn: who only ever puts off must not keep an id to itself.
+                contested = any(id in other.todo for other in self._queues.values())
+                self.enqueue(link, [id], now, soon=not contested)
+        self.enqueue(link, ids, now, soon=soon)
+
+    def pull_on(self, link: Link, now: float) -> None:
+        """Asks for the next batch that is due."""
+        queue = self._queue(link)
+        batch: list[bytes] = []
+        for _ in range(len(queue.todo)):
+            id, due = next(iter(queue.todo.items()))
+            if due > now or len(queue.asked) >= self.config.pull_batch:
+                break
+            del queue.todo[id]
+            if self._log.holds(id):
+                continue
+            if id in self._pulling:
+                queue.todo[id] = now + self.config.pull_grace  # another peer was asked; should it fail, this one is
+                continue
+            self._pulling[id] = link.peer
+            queue.asked[id] = None
+            batch.append(id)
+        if batch:
+            queue.progress_at = now
+            self._out.append(Send(link.peer, encode(Pull(batch, max(0, int(self._accept_age(now) * 1000))))))
+        if not queue.asked and not queue.todo:
+            self._on_idle(link, now)
+
+    def _answered(self, queue: _Queue, id: bytes, now: float) -> None:
+        del queue.asked[id]
+        self._pulling.pop(id, None)
+        queue.progress_at = now
+
+    def answered(self, link: Link, id: bytes, now: float) -> bool:
+        """An id that we pulled has been answered, by whatever frame. True if the peer owes us nothing for the moment."""
+        queue = self._queue(link)
+        if id not in queue.asked:
+            return False
+        self._answered(queue, id, now)
+        if len(queue.asked) <= self.config.pull_batch // 2:
+            self.pull_on(link, now)
+        return not queue.asked
+
+    def refuse(self, link: Link, id: bytes, now: float, *, silent: bool = False) -> None:
+        """Not to be asked of this peer again for a while."""
+        refused = self._queue(link).refused
+        refused[id] = (now + self.config.refused_ttl, silent)
+        refused.move_to_end(id)
+        if len(refused) > MAX_REFUSED:
+            refused.popitem(last=False)
+
+    def gone(self, link: Link, frame: Gone, now: float) -> None:
+        """The peer has no body to give."""
+        if frame.id not in self._queue(link).asked:
+            return
+        link.excuse(frame.id)
+        if frame.known:
+            (first, at) = self._hearsay.setdefault(frame.id, (link.peer, now))
+            if first != link.peer or now >= at + self.config.refused_ttl:
+                del self._hearsay[frame.id]
+                self._log.add_gone(frame.id, frame.timestamp, frame.age / 1000, now)
+            elif len(self._hearsay) > MAX_HEARSAY:
+                self._hearsay.popitem(last=False)
+        if not self._log.holds(frame.id):
+            self.refuse(link, frame.id, now)
+        self.answered(link, frame.id, now)
+
+    # -- answering --------------------------------------------------------------------------------------------
+
+    def serve(self, link: Link, frame: Pull, now: float) -> None:
+        """Answers every id asked for, by itself or by the offer to ask again."""
+        later: list[bytes] = []
+        for id in frame.ids:
+            record = self._log.get(id)
+            age = 0 if record is None else self._log.age_ms(record, now)
+            if record is None:
+                self._send(link, Gone(id, False, 0, 0))
+            elif not record.bodies_size or (record.proof is None and age > frame.max_age):
+                self._send(link, Gone(id, True, record.timestamp, age))
+            elif link.served >= SERVED_BYTES:
+                later.append(id)
+            elif record.proof is not None:
+                link.served += record.bodies_size
+                (one, other) = record.proof
+                self._send(link, Proof(age, one.body, one.signature, other.body, other.signature))
+            elif record.envelope is not None:
+                link.served += record.bodies_size
+                link.note_sent(self._own_first(id))
+                self._send(link, Transfer(age, record.hops, record.envelope.body, record.envelope.signature))
+        self.offer(link, later)
+
+    def offer(self, link: Link, ids: list[bytes]) -> None:
+        """Names what we hold and the peer does not, for it to pull."""
+        for start in range(0, len(ids), MAX_BATCH):
+            part = ids[start : start + MAX_BATCH]
+            for id in part:
+                link.note_sent(self._own_first(id), owed=True)
+            self._send(link, Have(part))
+
+    # -- time -------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[float]:
+        """Pulls what is due and gives up on who is silent; returns when to come back."""
+        times: list[float] = []
+        for peer, queue in list(self._queues.items()):
+            while queue.refused and next(iter(queue.refused.values()))[0] <= now:
+                queue.refused.popitem(last=False)
+            was_busy = queue.asked or queue.todo
+            if queue.asked and now >= queue.progress_at + self.config.patience:
+                for id in queue.asked:
+                    self.refuse(self._links[peer], id, now, silent=True)
+                queue.complete = False
+                self._release(queue)
+            if was_busy:
+                self.pull_on(self._links[peer], now)
+            if queue.asked:
+                times.append(queue.progress_at + self.config.patience)
+            elif queue.todo:
+                times.append(next(iter(queue.todo.values())))
+        return times
+
+    def _release(self, queue: _Queue) -> None:
+        for id in queue.asked:
+            self._pulling.pop(id, None)
+        queue.asked.clear()
+
+    def _send(self, link: Link, frame: Gone | Have | Proof | Transfer) -> None:
+        self._out.append(Send(link.peer, encode(frame)))

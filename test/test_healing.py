@@ -1,0 +1,141 @@
+"""Candidates outside our views: two halves that formed apart become one swarm, and equal ones are left in peace."""
+
+import pytest
+from simulated import digests, mesh, star
+
+from solyd_swarm.core.events import Dial, DialFailed, Discovered, LinkUp
+from solyd_swarm.core.healing import MAX_CANDIDATES
+from solyd_swarm.simulation.network import Network, Peer
+
+
+def halves(net: Network, size: int) -> tuple[list[Peer], list[Peer]]:
+    """Two swarms that know nothing of each other, each with something to say."""
+    both = star(net, size), star(net, size)
+    net.run(5.0)
+    for place, half in enumerate(both):
+        net.publish(half[0], b"of half %d" % place)
+    net.run(5.0)
+    return both
+
+
+@pytest.mark.parametrize("tell_instance", [True, False])
+@pytest.mark.parametrize("size", [2, 7, 15])
+def test_two_halves_become_one_within_45_seconds(size: int, tell_instance: bool, seed: int) -> None:
+    net = Network(seed)
+    one, other = halves(net, size)
+    assert not net.graph_is_connected()
+    for near, far in zip(one, other, strict=True):
+        net.discover(near, far, tell_instance=tell_instance)
+    assert net.run_until(net.graph_is_connected, 45.0)
+    assert net.run_until(lambda: len(digests([*one, *other])) == 1, 10.0)
+    for half in (one, other):
+        assert all(sorted(peer.messages) == [b"of half 0", b"of half 1"] for peer in half[1:])
+    net.run(60.0)
+    assert net.graph_is_connected()
+    assert net.run_until(lambda: not net.asymmetric(), 2.0)
+
+
+def test_one_that_is_told_of_the_other_half_is_enough(seed: int) -> None:
+    net = Network(seed)
+    one, other = halves(net, 8)
+    net.discover(one[3], other[5])
+    assert net.run_until(lambda: len(digests([*one, *other])) == 1, 60.0)
+
+
+def test_a_candidate_that_differs_is_kept_and_one_that_does_not_is_let_go(seed: int) -> None:
+    net = Network(seed)
+    peers = mesh(net, 20, settle=20.0)
+    net.publish(peers[0], b"known to all")
+    net.run(3.0)
+    near = next(peer for peer in peers if len(peer.overlay.neighbors) == 5)
+    far = next(peer for peer in peers if peer.id not in near.overlay.neighbors and peer is not near and len(peer.overlay.neighbors) == 5)
+    before = dict(near.overlay.neighbors)
+    net.discover(near, far)
+    net.run(60.0)
+    assert far.id not in near.overlay.neighbors or far.id in before
+    assert not near.overlay.uses(far.id) or far.id in near.overlay.neighbors
+    outsider = net.add_peer()
+    net.publish(outsider, b"news")
+    net.discover(near, outsider)
+    assert net.run_until(lambda: outsider.id in near.overlay.neighbors, 45.0)
+
+
+def test_a_candidate_without_an_instance_that_is_a_neighbour_already_is_left_alone(seed: int) -> None:
+    """Dialling it would replace its channel again and again."""
+    net = Network(seed)
+    one, other = star(net, 2)
+    net.run(3.0)
+    dials: list[Dial] = []
+    for _ in range(10):
+        dials += [each for each in one.overlay.handle(Discovered(b"", other.address), net.now) if isinstance(each, Dial)]
+        net.run(10.0)
+    assert not dials
+    assert not one.neighbor_downs
+
+
+def test_the_last_neighbours_loss_has_the_candidates_tried_at_once(seed: int) -> None:
+    net = Network(seed)
+    peers = mesh(net, 7)
+    full = next(peer for peer in peers if len(peer.overlay.neighbors) == 5)
+    fresh = net.add_peer()
+    net.discover(full, fresh, tell_instance=False)
+    full.overlay.membership.passive.clear()
+    for other in [net.find(id) for id in full.overlay.neighbors]:
+        other.overlay.membership.passive.pop(full.id, None)
+        net.leave(other)
+        net.run(0.001)
+    assert net.run_until(lambda: bool(full.overlay.neighbors), 1.0)
+
+
+def test_candidates_are_bounded(seed: int) -> None:
+    net = Network(seed)
+    one, _ = star(net, 2)
+    net.run(2.0)
+    for n in range(2000):
+        one.overlay.handle(Discovered(n.to_bytes(32, "big") if n % 2 else b"", (("203.0.113.1", n + 1),)), net.now)
+    assert len(one.overlay.healing._candidates) <= MAX_CANDIDATES
+    assert len(one.overlay.membership.passive) <= 30
+    net.run(100.0)
+    assert len(one.overlay.healing._dialled) <= MAX_CANDIDATES + 30
+
+
+def test_we_are_no_candidate_of_ours(seed: int) -> None:
+    net = Network(seed)
+    one = net.add_peer()
+    assert not [each for each in one.overlay.handle(Discovered(one.id, one.address), net.now) if isinstance(each, Dial)]
+    assert not [each for each in one.overlay.handle(Discovered(b"x" * 32, ()), net.now) if isinstance(each, Dial)]
+
+
+def test_a_dial_that_fails_forgets_the_candidate(seed: int) -> None:
+    net = Network(seed)
+    one = net.add_peer()
+    nowhere = Discovered(b"", (("203.0.113.1", 1),))
+    assert [each for each in one.overlay.handle(nowhere, net.now) if isinstance(each, Dial)]
+    one.overlay.handle(DialFailed(b"", nowhere.addresses), net.now)
+    assert not one.overlay.healing._candidates
+    assert [each for each in one.overlay.handle(nowhere, net.now) if isinstance(each, Dial)]  # a source may find it again
+
+
+def test_a_dial_that_fails_because_the_other_sides_came_first_changes_nothing(seed: int) -> None:
+    net = Network(seed)
+    one, other = star(net, 2)
+    net.run(2.0)
+    one.overlay.membership._requests[other.id] = net.now + 5
+    net.feed(one, DialFailed(other.id, other.address))
+    assert other.id in one.overlay.membership._requests
+    assert other.id in one.overlay.neighbors
+
+
+def test_a_channel_that_replaces_another_is_a_link_of_its_own(seed: int) -> None:
+    net = Network(seed)
+    one, other = star(net, 2)
+    net.run(2.0)
+    for near, far in ((one, other), (other, one)):
+        net.feed(near, LinkUp(far.id, far.overlay.author, far.address, near is one, far.address if near is one else ()))
+    net.run(1.0)
+    assert one.overlay.neighbors.keys() == {other.id}
+    assert other.overlay.neighbors.keys() == {one.id}
+    assert [down.reason for down in one.neighbor_downs] == ["replaced by a new connection"]
+    net.publish(one, b"goes on")
+    net.run(1.0)
+    assert other.messages == [b"goes on"]
