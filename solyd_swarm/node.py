@@ -1,34 +1,36 @@
 """One identity, one listening socket, one discovery, many topics."""
 
 import asyncio
+import functools
 import logging
 import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from solyd_swarm.core.events import Addresses, Discovered
 from solyd_swarm.core.keys import derive_topic_id
-from solyd_swarm.core.ledger import Ledger
 from solyd_swarm.core.overlay import Overlay, OverlayConfig
-from solyd_swarm.core.wire import PeerInfo
+from solyd_swarm.core.wire import MAX_ADDRESSES, make_peer_info
 from solyd_swarm.discovery.bootstrap import BootstrapSource
 from solyd_swarm.discovery.interfaces import usable_interfaces
-from solyd_swarm.discovery.scope import may_dial, scope_of
+from solyd_swarm.discovery.reach import Reach
+from solyd_swarm.discovery.scope import may_dial
 from solyd_swarm.discovery.source import Candidate, Source
 from solyd_swarm.discovery.source import Endpoint as Announced
-from solyd_swarm.errors import DiscoveryError, IdentityError, InterfaceError, OptionTypeError
+from solyd_swarm.errors import DiscoveryError, OptionTypeError
 from solyd_swarm.home import Home, find_home
 from solyd_swarm.net import listen as listening
-from solyd_swarm.net.dialler import Goal
 from solyd_swarm.net.driver import Driver, Sink
 from solyd_swarm.net.endpoint import Endpoint
-from solyd_swarm.net.endpoint import Identity as Author
+from solyd_swarm.net.goals import Goal
+from solyd_swarm.net.matching import Identity as Author
 from solyd_swarm.net.resolve import resolve
 from solyd_swarm.store.identity import Identity
+from solyd_swarm.store.memory import TopicMemory, Unread
 from solyd_swarm.ticket import make_ticket, parse_bootstrap
 
 if TYPE_CHECKING:
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("solyd_swarm.node")
 
+MAX_EARLY = 32
+"""DHT nodes remembered until our own is up: as many as it takes itself."""
+ADDRESS_INTERVAL = 15.0
+"""Seconds between looks at our own addresses, which members hear from us and from one another."""
 LEDGER_INTERVAL = 1.0
 """Seconds between savings of what was accepted, for an identity kept in a file: what a crash may make us deliver twice."""
 
@@ -74,12 +80,19 @@ class NodeOptions:
 class _Membership:
     """One topic of a node."""
 
-    __slots__ = ("driver", "ledger_saved", "topic_id")
+    __slots__ = ("driver", "memory", "unread")
 
-    def __init__(self, driver: Driver, topic_id: bytes) -> None:
+    def __init__(self, driver: Driver, memory: TopicMemory | None, unread: Callable[[], list[Unread]]) -> None:
         self.driver = driver
-        self.topic_id = topic_id
-        self.ledger_saved = 0
+        self.memory = memory
+        self.unread = unread
+
+    def save(self, *, final: bool = False) -> None:
+        """Remembers what was received, where it is to be remembered."""
+        if self.memory is not None:
+            overlay = self.driver.overlay
+            unread = self.unread() + [(envelope, 0) for envelope in overlay.sequencer.waiting()]
+            self.memory.save(overlay.log.ledger, unread, final=final)
 
 
 class BaseNode:
@@ -102,85 +115,105 @@ class BaseNode:
             self.identity.close()
             raise
         self.port: int = self._sockets[0].getsockname()[1]
-        self._bound_host: str = self._sockets[0].getsockname()[0]
-        private = secrets.token_bytes(32)
-        self.endpoint = Endpoint(private, Author(self.identity.public_key, self.identity.sign), addresses=self.addresses, met=self._met)
+        bound = [each.getsockname()[0] for each in self._sockets]
+        self._bound_host: str = bound[0]
+        self._reach = Reach(self._interfaces, bound, self.port)
+        author = Author(self.identity.public_key, self.identity.sign)
+        self.endpoint = Endpoint(secrets.token_bytes(32), author, addresses=self.addresses, met=self._met, may_dial=may_dial)
         self.endpoint.port = self.port
         self.sources: dict[str, Source] = {}
         self.problems: dict[str, str] = {}
         """Sources that do not work here, with the reason."""
+        self._failed: list[Source] = []
         self._topics: dict[bytes, _Membership] = {}
         self._dht: KademliaSource | None = None
+        self._bootstrap: BootstrapSource | None = None
+        self._met_early: dict[tuple[str, int], None] = {}  # DHT nodes we heard of before our own was up
         self._starting: asyncio.Task[None] | None = None
         self._guard: asyncio.Task[None] | None = None
+        self._closer: asyncio.Task[None] | None = None
         self._ledger_timer: asyncio.TimerHandle | None = None
+        self._address_timer: asyncio.TimerHandle | None = None
         self._closed = asyncio.Event()
         self._closing = False
-        self.home: Home = find_home(self)
-        self.on_loop_ending: list[Callable[[], None]] = []
-        """Called when the user's loop cancels everything: the swarms then begin to leave."""
+        self._loop_ends = False
+        try:
+            self.home: Home = find_home(self)
+        except BaseException:
+            self._release()
+            raise
+        self.on_loop_ending: list[Callable[[], Coroutine[None, None, None]]] = []
+        """Run when the user's loop cancels everything: the swarms then leave."""
         self.home.call(self._begin)
 
     # -- where we are -----------------------------------------------------------------------------------------
 
     def addresses(self) -> Addresses:
         """Where we can be dialled, furthest reach first; loopback only where there is nothing else."""
-        try:
-            local = [address.host for address in usable_interfaces(self._interfaces)]
-        except InterfaceError:
-            local = []
-        if self._bound_host not in ("::", "0.0.0.0"):
-            local = [sock.getsockname()[0] for sock in self._sockets if sock.fileno() >= 0] or [self._bound_host]
-        elif self._bound_host == "0.0.0.0":
-            local = [host for host in local if ":" not in host]
-        order = {"global": 0, "private": 1, "link": 2, "loopback": 3}
-        ranked = sorted((host for host in local if scope_of(host) in order), key=lambda host: order[scope_of(host)])
-        outside = [host for host in ranked if scope_of(host) != "loopback"]
-        return tuple((host, self.port) for host in (outside or ranked))
+        return self._reach.addresses()[:MAX_ADDRESSES]
+
+    def _renew_addresses(self) -> None:
+        self._address_timer = self.home.loop.call_later(ADDRESS_INTERVAL, self._renew_addresses)
+        me = make_peer_info(self.endpoint.instance, self.addresses())
+        for membership in self._topics.values():
+            membership.driver.overlay.membership.me = me
 
     @property
     def ticket(self) -> str:
         """A short text for ``bootstrap=`` of others: instance key and addresses, no topic."""
-        loopback = (("127.0.0.1", self.port),) if self._bound_host in ("::", "0.0.0.0") and not self._interfaces else ()
-        return make_ticket(self.endpoint.instance, tuple(dict.fromkeys(self.addresses() + loopback)))
+        return make_ticket(self.endpoint.instance, self._reach.ticket_addresses(MAX_ADDRESSES))
 
     # -- life -------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
+        if self._closing:
+            return
         loop = self.home.loop
+        self._address_timer = loop.call_later(ADDRESS_INTERVAL, self._renew_addresses)
         self._starting = loop.create_task(self._start(), name="solyd_swarm start")
         self._guard = loop.create_task(self._watch_loop(), name="solyd_swarm node")
 
     async def _start(self) -> None:
-        """Discovery first: it takes the longest. The socket is bound, so whoever comes early waits in its backlog."""
+        """All at once: none waits for another. Until the sockets are listened to, whoever comes early waits in their backlog."""
         announced = Announced(self.port, self.endpoint.instance, self._interfaces)
-        starts = []
+        starts: list[Coroutine[None, None, None]] = [self.endpoint.start(self._sockets)]
         if self._contacts:
-            await self._start_source(
-                BootstrapSource(((contact.addresses, contact.instance) for contact in self._contacts), _resolve), announced
-            )
+            contacts = [(contact.addresses, contact.instance) for contact in self._contacts]
+            self._bootstrap = BootstrapSource(contacts, _resolve)
+            starts.append(self._start_source(self._bootstrap, announced))
         if self._options.dht:
             from solyd_swarm.discovery.kademlia import KademliaSource
 
             self._dht = KademliaSource(host=self._bound_host if self._options.listen else "0.0.0.0", port=self.port)
-            await self._start_source(self._dht, announced)
-            self.endpoint.dht_port = self._dht.port
+            starts.append(self._start_dht(self._dht, announced))
         if self._options.mdns:
             from solyd_swarm.discovery.mdns import MdnsSource
 
             starts.append(self._start_source(MdnsSource(), announced))
-        await asyncio.gather(self.endpoint.start(self._sockets), *starts)
+        for outcome in await asyncio.gather(*starts, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                log.error("the node does not listen", exc_info=outcome)
         log.debug("listening on port %d, sources: %s", self.port, ", ".join(self.sources) or "none")
+
+    async def _start_dht(self, dht: "KademliaSource", announced: Announced) -> None:
+        await self._start_source(dht, announced)
+        if dht.port:
+            self.endpoint.announce_dht(dht.port)
+            for host, port in self._met_early:
+                dht.contact(host, port)
+        self._met_early.clear()
 
     async def _start_source(self, source: Source, announced: Announced) -> None:
         try:
             await source.start(announced, self._found)
-        except DiscoveryError as error:
-            self.problems[source.name] = str(error)
-            log.warning("%s does not work here, the swarm goes on without: %s", source.name, error)
-            return
-        if self._closing:
-            await source.close()
+        except asyncio.CancelledError:
+            self.sources[source.name] = source  # for `close`: it may have opened a socket already
+            raise
+        except Exception as error:  # one source that fails, in whatever way, takes nothing from the others
+            self.problems[source.name] = str(error) or type(error).__name__
+            unexpected = None if isinstance(error, DiscoveryError) else error
+            log.warning("%s does not work here, the swarm goes on without: %s", source.name, error, exc_info=unexpected)
+            self._failed.append(source)
             return
         self.sources[source.name] = source
         for topic_key in self._topics:
@@ -191,66 +224,101 @@ class BaseNode:
         try:
             await self._closed.wait()
         except asyncio.CancelledError:
-            for leave in list(self.on_loop_ending):
-                leave()
+            self._loop_ends = True
+            for outcome in await asyncio.gather(*(end() for end in self.on_loop_ending), return_exceptions=True):
+                if outcome is not None:
+                    log.error("a swarm did not leave as it should when its loop ended", exc_info=outcome)
             await self.close()
             raise
 
     async def close(self) -> None:
-        """Ends everything of this node on its loop. Topics are to be left before."""
-        if self._closing:
-            await self._closed.wait()
-            return
+        """Ends everything of this node on its loop. Topics are to be left before. Idempotent."""
         self._closing = True
+        while not self._closed.is_set():
+            if self._closer is None or self._closer.cancelled():  # by a loop that ends: whoever still waits begins again
+                self._closer = self.home.loop.create_task(self._close(), name="solyd_swarm close node")
+                self._closer.add_done_callback(self._after_closing)
+            await asyncio.wait([self._closer])
+        if self._guard is not None and not self._loop_ends:
+            await asyncio.gather(self._guard, return_exceptions=True)
+
+    def _after_closing(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled():
+            if (error := task.exception()) is not None:
+                log.error("closing the node failed", exc_info=error)
+            self._closed.set()
+
+    async def _close(self) -> None:
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
         self._save_ledgers()
-        if self._ledger_timer is not None:
-            self._ledger_timer.cancel()
-        await asyncio.gather(*(source.close() for source in self.sources.values()), self.endpoint.close())
+        for timer in (self._ledger_timer, self._address_timer):
+            if timer is not None:
+                timer.cancel()
+        ends = [source.close() for source in (*self.sources.values(), *self._failed)]
+        for outcome in await asyncio.gather(*ends, self.endpoint.close(), return_exceptions=True):
+            if isinstance(outcome, asyncio.CancelledError):
+                raise outcome  # begun again by whoever waits
+            if isinstance(outcome, Exception):
+                log.error("something of the node did not close as it should", exc_info=outcome)
+        self._release()
+
+    def _release(self) -> None:
         for bound in self._sockets:
             bound.close()
         self.identity.close()
-        self._closed.set()
-        if self._guard is not None and self._guard is not asyncio.current_task():
-            await asyncio.gather(self._guard, return_exceptions=True)
 
     # -- topics -----------------------------------------------------------------------------------------------
 
-    def open_topic(self, topic_key: bytes, epoch: int, config: OverlayConfig, sink: Sink) -> Driver:
-        """Joins a topic; on the loop."""
+    def open_topic(
+        self, topic_key: bytes, epoch: int, config: OverlayConfig, sink: Sink, unread: Callable[[], list[Unread]]
+    ) -> tuple[Driver, dict[tuple[bytes, int], int]]:
+        """Joins a topic; on the loop.
+
+        Args:
+            unread: tells what was delivered to the sink and not read by anybody yet.
+
+        Returns:
+            The driver; and of what is delivered again because an earlier life has read it in part, by (author, epoch), the
+            first number that it has not.
+        """
         topic_id = derive_topic_id(topic_key)
+        memory = TopicMemory(self.identity, topic_id) if self._options.identity is not None else None
         overlay = Overlay(
-            PeerInfo(self.endpoint.instance, self.addresses()[:16]),
+            make_peer_info(self.endpoint.instance, self.addresses()),
             topic_id,
             self.identity.public_key,
             epoch,
             self.identity.sign,
             random.Random(secrets.randbits(128)),
             config,
-            ledger=self._load_ledger(topic_id),
+            ledger=memory.ledger if memory is not None else None,
         )
         driver = Driver(overlay, topic_key, _Transport(self), sink, self.home.loop)
-        self._topics[topic_key] = _Membership(driver, topic_id)
+        self._topics[topic_key] = _Membership(driver, memory, unread)
         self.endpoint.attach(driver)
         for source in self.sources.values():
             source.join(topic_key)
         if self._options.identity is not None and self._ledger_timer is None:
             self._ledger_timer = self.home.loop.call_later(LEDGER_INTERVAL, self._save_regularly)
-        return driver
+        return driver, memory.partly_read if memory is not None else {}
 
-    def close_topic(self, topic_key: bytes) -> None:
-        """Leaves a topic; its goodbye has been fed to the driver. On the loop."""
-        membership = self._topics.get(topic_key)
+    def close_topic(self, topic_key: bytes) -> Callable[[], None]:
+        """Leaves a topic; its goodbye has been fed to the driver. On the loop.
+
+        Returns:
+            To be called when the last message has been read, before the node is closed: remembers what was not.
+        """
+        membership = self._topics.pop(topic_key, None)
         if membership is None:
-            return
-        self._save_ledger(membership)
-        del self._topics[topic_key]
+            return lambda: None
+        membership.save()
         membership.driver.close()
         self.endpoint.detach(topic_key)
         for source in self.sources.values():
             source.leave(topic_key)
+        return functools.partial(membership.save, final=True)
 
     def look_again(self, topic_key: bytes) -> None:
         """The topic has no neighbour: every source is to look now."""
@@ -258,33 +326,13 @@ class BaseNode:
             for source in self.sources.values():
                 source.refresh(topic_key)
 
-    def _load_ledger(self, topic_id: bytes) -> Ledger | None:
-        blob = self.identity.load_ledger(topic_id)
-        if blob is None:
-            return None
-        try:
-            return Ledger.load(blob)
-        except ValueError:
-            log.warning("what was kept about a topic cannot be read; messages of the last minutes may be delivered again")
-            return None
-
     def _save_regularly(self) -> None:
         self._ledger_timer = self.home.loop.call_later(LEDGER_INTERVAL, self._save_regularly)
         self._save_ledgers()
 
     def _save_ledgers(self) -> None:
         for membership in self._topics.values():
-            self._save_ledger(membership)
-
-    def _save_ledger(self, membership: _Membership) -> None:
-        ledger = membership.driver.overlay.log.ledger
-        if self._options.identity is None or ledger.version == membership.ledger_saved:
-            return
-        membership.ledger_saved = ledger.version
-        try:
-            self.identity.save_ledger(membership.topic_id, ledger.dump())
-        except (IdentityError, ValueError) as error:
-            log.warning("what was received cannot be remembered, a restart may deliver it again: %s", error)
+            membership.save()
 
     # -- finding and dialling ---------------------------------------------------------------------------------
 
@@ -292,23 +340,27 @@ class BaseNode:
         membership = self._topics.get(topic_key)
         if membership is None or candidate.instance == self.endpoint.instance:
             return
-        addresses = tuple(
-            (address.host, address.port) for address in candidate.addresses if may_dial(address.host, candidate.learned_from)
-        )
+        addresses = tuple((address.host, address.port) for address in candidate.addresses if may_dial(address.host, candidate.learned_from))
         if addresses:
             log.debug("%s found a candidate at %s", candidate.source, ", ".join(map(str, candidate.addresses)))
             instance = candidate.instance or self.endpoint.instance_at(addresses)
             membership.driver.feed(Discovered(instance, addresses))
 
     def _met(self, host: str, dht_port: int) -> None:
-        if self._dht is not None and "dht" in self.sources:
+        if self._dht is not None and self._dht.port:
             self._dht.contact(host, dht_port)
+        elif len(self._met_early) < MAX_EARLY:
+            self._met_early[host, dht_port] = None
 
     def dial(self, topic_key: bytes, instance: bytes, addresses: Addresses, via: bytes) -> None:
         """Dials for a driver. What a peer told us is dialled only as far as that peer's own address reaches."""
-        teller = self.endpoint.address_of(via) if via else None
+        teller = self.endpoint.host_of(via) if via else None
         if via:
-            addresses = tuple(address for address in addresses if teller is not None and may_dial(address[0], teller[0]))
+            addresses = tuple(address for address in addresses if teller is not None and may_dial(address[0], teller))
+        allowed = tuple(address for address in addresses if self._reach.may_go_to(address[0]))
+        if addresses and not allowed:
+            log.debug("no allowed interface leads to %s", ", ".join(host for host, _ in addresses))
+        addresses = allowed
         self.endpoint.dial(Goal(topic_key, instance, addresses))
 
     def describe_sources(self) -> dict[str, str]:
@@ -317,6 +369,9 @@ class BaseNode:
         states |= dict.fromkeys(self.sources, "on")
         if "dht" in self.sources and self._dht is not None:
             states["dht"] = f"on, {self._dht.nodes} nodes known"
+        if self._bootstrap is not None and self._bootstrap.problems:
+            unknown = "; ".join(f"{host!r} cannot be looked up: {reason}" for host, reason in self._bootstrap.problems.items())
+            states["bootstrap"] = f"on, but {unknown}"
         return states | {name: f"failed: {reason}" for name, reason in self.problems.items()}
 
 

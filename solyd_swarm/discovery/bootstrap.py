@@ -9,7 +9,7 @@ from solyd_swarm.discovery.source import Address, Candidate, Endpoint, Found, So
 
 log = logging.getLogger("solyd_swarm.discovery.bootstrap")
 
-FIRST_PAUSE = 1.0
+FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 """Seconds between tries of one contact: often at first, for programs are started together, then seldom."""
 
@@ -60,15 +60,19 @@ class BootstrapSource(Source):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        self._topics.clear()
 
     async def _follow(self, index: int, addresses: tuple[tuple[str, int], ...], instance: bytes) -> None:
         pause = FIRST_PAUSE
         wake = self._wake[index]
         while True:
-            if not self._topics:
+            while not self._topics:
                 wake.clear()
                 await wake.wait()
-            await self._report(addresses, instance)
+            try:
+                await self._report(addresses, instance)
+            except Exception:
+                log.exception("a bootstrap address could not be reported")
             wake.clear()
             # Asked to look again, we still leave a pause: refresh() must be cheap to call often.
             await asyncio.sleep(FIRST_PAUSE / 2)

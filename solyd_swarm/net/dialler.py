@@ -6,25 +6,18 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from solyd_swarm.core.events import Addresses
 from solyd_swarm.net.channel import Channel
+from solyd_swarm.net.goals import Goal
 
 log = logging.getLogger("solyd_swarm.net.dialler")
 
 CONNECT_TIMEOUT = 5.0
 MAX_DIALS = 64
 """Candidates being dialled at once: bounds a source or peer that floods us with addresses. Beyond it a dial fails at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """For what a candidate is dialled: the topic (empty: any), the instance expected (empty: any), its addresses."""
-
-    topic_key: bytes
-    instance: bytes
-    addresses: Addresses
+MAX_ATTEMPTS = 128
+"""Addresses being tried at once, over all dials: bounds the sockets that candidates with many addresses take. Others wait."""
 
 
 def socket_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]:
@@ -45,72 +38,91 @@ class Dialler:
     """The dials on their way, each a task; ends with `close`.
 
     Args:
-        make: makes a channel for a goal, and a future of whether its handshake completes.
+        make: makes a channel for the goals of a dial (more may be appended while it is on its way), and a future of whether its
+            handshake completes.
         failed: told of a goal that nobody answered for.
+        timeout: seconds for one address.
     """
 
-    def __init__(self, make: Callable[[Goal], Attempt], failed: Callable[[Goal], None]) -> None:
+    def __init__(self, make: Callable[[list[Goal]], Attempt], failed: Callable[[Goal], None], *, timeout: float = CONNECT_TIMEOUT) -> None:
         self._make = make
         self._failed = failed
-        self._tasks: dict[Goal, asyncio.Task[None]] = {}
+        self._timeout = timeout
+        self._dials: dict[tuple[bytes, Addresses], list[Goal]] = {}
+        self._tasks: set[asyncio.Task[bool]] = set()
+        self._slots = asyncio.Semaphore(MAX_ATTEMPTS)
+        self._closed = False
 
     def dial(self, goal: Goal) -> None:
-        """Begins; does nothing where the very same dial is on its way."""
-        if goal in self._tasks:
+        """Begins; where the same peer is being dialled already the goal shares that dial. `failed` is never called from inside."""
+        if self._closed:
             return
-        if len(self._tasks) >= MAX_DIALS or not goal.addresses:
+        key = (goal.instance, goal.addresses)
+        goals = self._dials.get(key)
+        if goals is not None:
+            if goal not in goals:
+                goals.append(goal)
+        elif len(self._tasks) >= MAX_DIALS or not goal.addresses:
             asyncio.get_running_loop().call_soon(self._failed, goal)
-            return
-        task = asyncio.get_running_loop().create_task(self._run(goal), name="solyd_swarm dial")
-        self._tasks[goal] = task
-        task.add_done_callback(lambda _: self._tasks.pop(goal, None))
+        else:
+            self._dials[key] = goals = [goal]
+            task = asyncio.get_running_loop().create_task(self._run(goals), name="solyd_swarm dial")
+            self._tasks.add(task)
+            task.add_done_callback(lambda _: self._ended(task, key))
 
     async def close(self) -> None:
         """Gives up all dials."""
-        tasks = list(self._tasks.values())
+        self._closed = True
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, goal: Goal) -> None:
-        attempts = [asyncio.ensure_future(self._attempt(goal, host, port)) for host, port in goal.addresses]
-        won = False
+    def _ended(self, task: asyncio.Task[bool], key: tuple[bytes, Addresses]) -> None:
+        self._tasks.discard(task)
+        goals = self._dials.pop(key)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a dial failed unexpectedly", exc_info=error)
+        if not self._closed and (task.cancelled() or task.exception() is not None or not task.result()):
+            for goal in goals:
+                self._failed(goal)
+
+    async def _run(self, goals: list[Goal]) -> bool:
+        attempts = [asyncio.ensure_future(self._attempt(goals, host, port)) for host, port in goals[0].addresses]
         try:
             for attempt in asyncio.as_completed(attempts):
                 if await attempt:
-                    won = True
-                    break
+                    return True
         finally:
             for task in attempts:
                 task.cancel()
             await asyncio.gather(*attempts, return_exceptions=True)
-        if not won:
-            self._failed(goal)
+        return False
 
-    async def _attempt(self, goal: Goal, host: str, port: int) -> bool:
+    async def _attempt(self, goals: list[Goal], host: str, port: int) -> bool:
         """One address; True once the handshake is complete. A cancelled or failed attempt leaves no socket behind."""
         channel: Channel | None = None
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                channel, ready = await self._connect(goal, host, port)
+            async with self._slots, asyncio.timeout(self._timeout):
+                channel, ready = await self._connect(goals, host, port)
                 if await ready:
                     channel = None  # it is the endpoint's from now on
                     return True
-        except (OSError, ValueError, TimeoutError) as error:
+        except (OSError, ValueError, OverflowError) as error:  # also what a peer made up: a zone beyond all numbers, say
             log.debug("dialling %s port %d failed: %s", host, port, error or type(error).__name__)
         finally:
             if channel is not None:
                 channel.abort("another address answered first")
         return False
 
-    async def _connect(self, goal: Goal, host: str, port: int) -> Attempt:
+    async def _connect(self, goals: list[Goal], host: str, port: int) -> Attempt:
         family, address = socket_address(host, port)
         endpoint = socket.socket(family, socket.SOCK_STREAM)
         try:
             endpoint.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.sock_connect(endpoint, address)
-            channel, ready = self._make(goal)
+            channel, ready = self._make(goals)
             await loop.create_connection(lambda: channel, sock=endpoint)
         except BaseException:
             with contextlib.suppress(OSError):

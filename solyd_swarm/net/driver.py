@@ -24,13 +24,17 @@ from solyd_swarm.core.events import (
     Tick,
 )
 from solyd_swarm.core.overlay import Overlay
+from solyd_swarm.net.channel import HIGH_MARK
 
 log = logging.getLogger("solyd_swarm.net.driver")
 
 LAG_TIMEOUT = 1.0
 """Seconds that a neighbour's queue may stay long, while others drain, before the neighbour gets announcements only."""
 LAG_BYTES = 16 * 1024 * 1024
-"""Bytes in a neighbour's queue at which it gets announcements only, at once."""
+"""Bytes in a neighbour's queue above which it gets announcements only, without waiting for the time to pass: well below what the
+channel itself refuses (64 MiB), so that a burst makes a slow neighbour lag and does not cost us the neighbour."""
+LAG_CHECKS = 10
+"""Looks at a long queue within `LAG_TIMEOUT`."""
 
 
 class Transport(Protocol):
@@ -68,14 +72,27 @@ class Driver:
 
     Args:
         topic_key: names the topic to the transport.
+        lag_timeout, lag_bytes: other values than `LAG_TIMEOUT` and `LAG_BYTES`, for tests.
     """
 
-    def __init__(self, overlay: Overlay, topic_key: bytes, transport: Transport, sink: Sink, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        overlay: Overlay,
+        topic_key: bytes,
+        transport: Transport,
+        sink: Sink,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        lag_timeout: float = LAG_TIMEOUT,
+        lag_bytes: int = LAG_BYTES,
+    ) -> None:
         self.overlay = overlay
         self.topic_key = topic_key
         self._transport = transport
         self._sink = sink
         self._loop = loop
+        self._lag_timeout = lag_timeout
+        self._lag_bytes = lag_bytes
         self._timer: asyncio.TimerHandle | None = None
         self._lagging: dict[bytes, asyncio.TimerHandle] = {}
         self._congested: set[bytes] = set()
@@ -88,7 +105,7 @@ class Driver:
             Schedule: lambda action: self._schedule(action.at),
             Dial: lambda action: transport.dial(topic_key, action.instance, action.addresses, action.via),
             Close: self._close_peer,
-            NeighborUp: lambda action: sink.neighbor_up(action.peer, action.author),
+            NeighborUp: self._neighbor_up,
             NeighborDown: self._neighbor_down,
             Progress: lambda action: sink.progress(action.by_any, action.by_all),
             Equivocated: sink.equivocated,
@@ -105,13 +122,18 @@ class Driver:
         try:
             while self._events:
                 for action in self.overlay.handle(self._events.popleft(), self._loop.time()):
-                    self._carry_out[type(action)](action)
+                    self._perform(action)
         finally:
             self._busy = False
+
+    def _perform(self, action: Action) -> None:
+        if not self._closed:  # by what an earlier action has set off
+            self._carry_out[type(action)](action)
 
     def close(self) -> None:
         """No timer fires any more, and no event is taken."""
         self._closed = True
+        self._events.clear()
         for timer in (self._timer, *self._lagging.values()):
             if timer is not None:
                 timer.cancel()
@@ -122,29 +144,33 @@ class Driver:
         if self._closed or peer not in self.overlay.neighbors:
             return
         if low:
-            timer = self._lagging.pop(peer, None)
-            if timer is not None:
-                timer.cancel()
+            self._forget_lag(peer)
             if peer in self._congested:
                 self._congested.discard(peer)
                 self.feed(Drained(peer))
-        elif size > LAG_BYTES:
-            self._demote(peer)
-        elif peer not in self._lagging:
-            self._lagging[peer] = self._loop.call_later(LAG_TIMEOUT, self._lagged, peer)
+        elif peer not in self._lagging and peer not in self._congested:
+            self._watch(peer, self._loop.time())
 
-    def _lagged(self, peer: bytes) -> None:
-        """The queue is still long. Where nobody else drains it is our own line that is slow, and demoting would not help."""
-        self._lagging.pop(peer, None)
-        others = [other for other in self.overlay.neighbors if other != peer]
-        if any(other not in self._lagging and other not in self._congested for other in others):
+    def _watch(self, peer: bytes, since: float) -> None:
+        """The queue is long: it is looked at until it is short again, or the neighbour is demoted."""
+        if self._transport.backlog(peer) > self._lag_bytes or (self._loop.time() - since >= self._lag_timeout and self._others_drain(peer)):
             self._demote(peer)
-        elif peer in self.overlay.neighbors:
-            self._lagging[peer] = self._loop.call_later(LAG_TIMEOUT, self._lagged, peer)
+        if peer in self.overlay.neighbors and peer not in self._congested:
+            self._lagging[peer] = self._loop.call_later(self._lag_timeout / LAG_CHECKS, self._watch, peer, since)
+
+    def _others_drain(self, peer: bytes) -> bool:
+        """Where nobody else drains it is our own line that is slow, and demoting would not help."""
+        return any(other not in (*self._lagging, *self._congested, peer) for other in self.overlay.neighbors)
+
+    def _forget_lag(self, peer: bytes) -> None:
+        timer = self._lagging.pop(peer, None)
+        if timer is not None:
+            timer.cancel()
 
     def _demote(self, peer: bytes) -> None:
-        if peer not in self._congested and len(self.overlay.neighbors) > 1:
+        if len(self.overlay.neighbors) > 1:
             log.debug("a neighbour lags behind others: announcements only")
+            self._forget_lag(peer)
             self._congested.add(peer)
             self.feed(Congested(peer))
 
@@ -154,11 +180,15 @@ class Driver:
         if not self._closed:
             self._timer = self._loop.call_at(at, self.feed, Tick())
 
+    def _neighbor_up(self, action: NeighborUp) -> None:
+        self._sink.neighbor_up(action.peer, action.author)
+        size = self._transport.backlog(action.peer)
+        if size > HIGH_MARK:  # it was a neighbour of this topic before, or is one of another topic
+            self.backlog(action.peer, size, False)
+
     def _neighbor_down(self, action: NeighborDown) -> None:
         self._congested.discard(action.peer)
-        timer = self._lagging.pop(action.peer, None)
-        if timer is not None:
-            timer.cancel()
+        self._forget_lag(action.peer)
         self._sink.neighbor_down(action.peer, action.author, action.reason)
 
     def _close_peer(self, action: Close) -> None:

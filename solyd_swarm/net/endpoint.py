@@ -1,110 +1,26 @@
-"""One instance on the network: its listening sockets and its channels, at most one per other instance.
+"""One instance on the network: its listening sockets and its channels, at most one in use per other instance.
 
 Topics attach drivers; the endpoint matches topics on each channel and passes frames between channels and drivers.
 """
 
 import asyncio
 import logging
+import secrets
 import socket
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-import msgspec
-
-from solyd_swarm.core.events import Addresses, DialFailed, LinkDown, LinkUp, Received
-from solyd_swarm.net.channel import LOW_MARK, Channel
-from solyd_swarm.net.dialler import Attempt, Dialler, Goal
+from solyd_swarm.core.events import Addresses, DialFailed, LinkDown
+from solyd_swarm.net.bounds import DEFAULT_BOUNDS, STRANGER_FRAME, EndpointLimits, oldest_of_busiest_host
+from solyd_swarm.net.channel import Channel
+from solyd_swarm.net.connection import Connection, encode_hello
+from solyd_swarm.net.dialler import Attempt, Dialler
 from solyd_swarm.net.driver import Driver
-from solyd_swarm.net.matching import TOPIC, Change, Matcher
-from solyd_swarm.net.noise import public_key
+from solyd_swarm.net.goals import Goal, Goals
+from solyd_swarm.net.matching import TOPIC, Change, Identity
+from solyd_swarm.net.noise import MAX_FRAME, public_key
+from solyd_swarm.net.places import Places
 
 log = logging.getLogger("solyd_swarm.net.endpoint")
-
-PROTOCOL_VERSION = 1
-STRANGER_FRAME = 64 * 1024
-"""Longest frame of a peer with which no topic is shared: bounds what a stranger can make us buffer."""
-MAX_CHANNELS = 256
-"""Channels in all: bounds a flood of connections. One that no topic uses goes first; without one the newcomer is refused."""
-MAX_STRANGERS = 128
-"""Connections that have not completed a handshake: bounds a flood of half-open ones. The oldest goes."""
-IDLE_TIMEOUT = 10.0
-"""Seconds that a channel which no topic uses stays open."""
-SWEEP_INTERVAL = 1.0
-CROSSING_WINDOW = 5.0
-"""Two channels of one pair that come up within so many seconds are one meeting; later the newer one replaces a dead one."""
-
-
-class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """What the handshake payload carries: protocol version, and the TCP and DHT (UDP) ports listened on (0: none)."""
-
-    version: int = PROTOCOL_VERSION
-    port: int = 0
-    dht_port: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Our author key as the endpoint needs it."""
-
-    author: bytes
-    sign: Callable[[bytes], bytes]
-
-
-class _Connection:
-    """A channel, what is agreed on it, and why it was dialled. The channel's owner."""
-
-    def __init__(self, endpoint: "Endpoint", goal: Goal | None) -> None:
-        self.endpoint = endpoint
-        self.goal = goal
-        self.channel: Channel
-        self.ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.matcher: Matcher | None = None
-        self.hello = Hello()
-        self.links: dict[bytes, Driver] = {}
-        self.idle_since: float | None = None
-        self.detached = False
-
-    @property
-    def instance(self) -> bytes:
-        return self.channel.remote_instance
-
-    def channel_ready(self, channel: Channel) -> None:
-        if not self.ready.done():
-            self.ready.set_result(True)
-        self.endpoint._ready(self)
-
-    def channel_frames(self, channel: Channel, frames: list[bytes]) -> None:
-        if self.matcher is None or self.detached:
-            return
-        batch: list[bytes] = []
-        number = -1
-        for frame in frames:
-            if frame[0] == TOPIC and len(frame) > 3:
-                if (of := frame[1] << 8 | frame[2]) != number:
-                    self._pass_on(number, batch)
-                    batch, number = [], of
-                batch.append(frame[3:])
-            else:
-                self._pass_on(number, batch)
-                batch, number = [], -1
-                self.endpoint._changed(self, self.matcher.handle(frame))
-        self._pass_on(number, batch)
-
-    def _pass_on(self, number: int, batch: list[bytes]) -> None:
-        # Frames of a number that is not agreed are those of a topic that was left: they are dropped.
-        if batch and self.matcher is not None and not self.detached:
-            driver = self.links.get(self.matcher.topics.get(number, b""))
-            if driver is not None:
-                driver.feed(Received(self.instance, batch))
-
-    def channel_backlog(self, channel: Channel, size: int) -> None:
-        for driver in list(self.links.values()):
-            driver.backlog(self.instance, size, size <= LOW_MARK)
-
-    def channel_closed(self, channel: Channel, reason: str) -> None:
-        if not self.ready.done():
-            self.ready.set_result(False)
-        self.endpoint._closed(self, reason)
 
 
 class Endpoint:
@@ -113,8 +29,10 @@ class Endpoint:
     Args:
         static_private: 32-byte X25519 key of this instance.
         identity: our author key.
-        met: told (IP literal, DHT port) of every instance that we shook hands with.
+        met: told (IP literal, DHT port) of every instance that we have a channel with.
         addresses: where we listen, as told to members of a common topic.
+        may_dial: whether an address that a peer told us may be dialled: (IP literal, IP literal of the peer).
+        limits: see `EndpointLimits`.
     """
 
     def __init__(
@@ -124,6 +42,8 @@ class Endpoint:
         *,
         addresses: Callable[[], Addresses],
         met: Callable[[str, int], None] = lambda host, port: None,
+        may_dial: Callable[[str, str], bool] = lambda address, teller: True,
+        limits: EndpointLimits = DEFAULT_BOUNDS,
     ) -> None:
         self.instance = public_key(static_private)
         self.port = 0
@@ -134,14 +54,18 @@ class Endpoint:
         self._identity = identity
         self._addresses = addresses
         self._met = met
+        self._may_dial = may_dial
+        self._limits = limits
         self._drivers: dict[bytes, Driver] = {}
-        self._connections: dict[bytes, _Connection] = {}
-        self._strangers: dict[_Connection, None] = {}
-        self._others: dict[_Connection, None] = {}  # losing or leaving: nothing but their end is waited for
-        self._instances: dict[tuple[str, int], bytes] = {}  # where instances with a channel are known to listen
+        self._connections: dict[bytes, Connection] = {}  # in use, by instance
+        self._strangers: dict[Connection, None] = {}  # not in use yet
+        self._others: dict[Connection, None] = {}  # losing or leaving: nothing but their end is waited for
+        self._orphans: dict[bytes, Goals] = {}  # goals whose channel went, by the instance that may still dial us
+        self._places = Places()
+        self._stamp = secrets.randbits(40)  # of our USE frames; the start says nothing of how many there were
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.TimerHandle | None = None
-        self._dialler = Dialler(self._make_dialled, self._dial_failed)
+        self._dialler = Dialler(self._make_dialled, self._dial_failed, timeout=limits.connect)
         self._closing = False
 
     # -- life -------------------------------------------------------------------------------------------------
@@ -149,15 +73,23 @@ class Endpoint:
     async def start(self, sockets: Iterable[socket.socket]) -> None:
         """Accepts on sockets that are bound already; owns them from now on."""
         loop = asyncio.get_running_loop()
-        for bound in sockets:
-            self._servers.append(await loop.create_server(self._make_accepted, sock=bound, backlog=128))
         self._sweep()
+        for bound in sockets:
+            # In two steps, so that being cancelled in between leaves no server that nobody knows of.
+            server = await loop.create_server(self._make_accepted, sock=bound, backlog=128, start_serving=False)
+            self._servers.append(server)
+            await server.start_serving()
 
     async def close(self, reason: str = "left") -> None:
-        """Says goodbye on every channel, drains, and ends everything, within a good half second."""
+        """Says goodbye on every channel, drains, and ends everything, within a good half second. Idempotent."""
         self._closing = True
         if self._sweeper is not None:
             self._sweeper.cancel()
+        for server in self._servers:
+            for bound in server.sockets:
+                asyncio.get_running_loop().remove_reader(bound.fileno())
+        # Closing a server makes asyncio (3.11) lose, unclosed, what it has accepted a moment ago and not handed over yet.
+        await asyncio.sleep(0)
         for server in self._servers:
             server.close()
         await self._dialler.close()
@@ -167,6 +99,14 @@ class Endpoint:
         for connection in everyone:
             connection.channel.close(reason)
         await asyncio.gather(*(connection.channel.wait_closed() for connection in everyone))
+        for _ in range(3):  # turns of the loop for what was being accepted: it is turned away
+            await asyncio.sleep(0)
+
+    def announce_dht(self, port: int) -> None:
+        """The DHT has got a UDP port: peers with a channel learn of it too."""
+        self.dht_port = port
+        for connection in self._connections.values():
+            connection.greet(self.port, port)
 
     # -- topics -----------------------------------------------------------------------------------------------
 
@@ -175,17 +115,19 @@ class Endpoint:
         self._drivers[driver.topic_key] = driver
         for connection in list(self._connections.values()):
             if connection.matcher is not None:
-                self._changed(connection, connection.matcher.join(driver.topic_key))
+                self.matched(connection, connection.matcher.join(driver.topic_key))
 
     def detach(self, topic_key: bytes) -> None:
         """A topic is left; its goodbye has been queued."""
         self._drivers.pop(topic_key, None)
         for connection in self._connections.values():
             connection.links.pop(topic_key, None)
+            connection.goals.take(lambda goal: goal.topic_key == topic_key)
             if connection.matcher is not None:
                 connection.matcher.leave(topic_key)
 
     def send(self, peer: bytes, topic_key: bytes, data: bytes) -> None:
+        """Queues a frame of a topic; thrown away where the topic is not agreed with the peer (any more)."""
         connection = self._connections.get(peer)
         if connection is not None and connection.matcher is not None:
             number = connection.matcher.numbers.get(topic_key)
@@ -193,10 +135,12 @@ class Endpoint:
                 connection.channel.send(bytes((TOPIC, number >> 8, number & 255)) + data)
 
     def backlog(self, peer: bytes) -> int:
+        """Bytes that wait for a peer."""
         connection = self._connections.get(peer)
         return connection.channel.backlog if connection is not None else 0
 
     def close_channel(self, peer: bytes, reason: str) -> None:
+        """Closes the channel of a peer."""
         connection = self._connections.get(peer)
         if connection is not None:
             self._retire(connection, reason)
@@ -206,137 +150,203 @@ class Endpoint:
         connection = self._connections.get(peer)
         return connection.channel.remote_address if connection is not None else None
 
+    def host_of(self, peer: bytes) -> str | None:
+        """IP literal of a member, also some time after its channel has ended: what it told us is still of use then."""
+        connection = self._connections.get(peer)
+        return connection.host if connection is not None else self._places.host_of(peer)
+
     def instance_at(self, addresses: Addresses) -> bytes:
-        """The instance with a channel that listens at one of these addresses; empty if there is none."""
-        return next((self._instances[address] for address in addresses if address in self._instances), b"")
+        """The instance with a channel that we have reached at one of these addresses; empty if there is none."""
+        return next((self._places.at(address) for address in addresses if self._is_taken(address, b"")), b"")
 
     # -- dialling ---------------------------------------------------------------------------------------------
 
     def dial(self, goal: Goal) -> None:
         """Works towards a link for a goal: over a channel that is there, or over a new one."""
-        instance = goal.instance or self.instance_at(goal.addresses)
-        connection = self._connections.get(instance)
-        if self._closing or instance == self.instance or connection is not None:
-            # A channel on which the topic did not match will not do so by dialling again; one on which it did is linked, and a
-            # candidate that turns out to be that very peer is no candidate.
-            if not self._closing and not (goal.instance and connection is not None and goal.topic_key in connection.links):
-                asyncio.get_running_loop().call_soon(self._dial_failed, goal)
+        if self._closing:
             return
-        self._dialler.dial(goal)
+        holder = goal.instance
+        if holder not in self._connections:
+            taken = [self._is_taken(address, holder) for address in goal.addresses]
+            # Whoever was reached there: the candidate itself where no instance is named, else another than is wanted.
+            if any(taken) and (not holder or all(taken)):
+                holder = self.instance_at(goal.addresses)
+        connection = self._connections.get(holder)
+        if connection is not None:
+            self._pursue(connection, goal)
+        elif holder == self.instance:
+            self._fail_soon(goal)
+        else:
+            self._dialler.dial(goal)
+
+    def _is_taken(self, address: tuple[str, int], wanted: bytes) -> bool:
+        """Whether we have reached another instance at this address and still have its channel, or it is ourselves."""
+        found = self._places.at(address)
+        return found not in (b"", wanted) and (found in self._connections or found == self.instance)
+
+    def _pursue(self, connection: Connection, goal: Goal) -> None:
+        """Whether a goal is reached over this channel turns out while topics are agreed on it; soon if they were."""
+        if goal.instance not in (b"", connection.instance):
+            self._fail_soon(goal)
+        elif goal.topic_key not in connection.links:
+            connection.goals.add(goal, self._meeting_ends())
+        elif not goal.instance:
+            self._fail_soon(goal)  # the candidate is a peer that the topic has: no candidate any more
+
+    def _meeting_ends(self) -> float:
+        return asyncio.get_running_loop().time() + self._limits.meeting
+
+    def _fail_soon(self, goal: Goal) -> None:
+        asyncio.get_running_loop().call_soon(self._dial_failed, goal)
 
     def _dial_failed(self, goal: Goal) -> None:
         driver = self._drivers.get(goal.topic_key)
         if driver is not None:
             driver.feed(DialFailed(goal.instance, goal.addresses))
 
-    def _make_dialled(self, goal: Goal) -> Attempt:
-        connection = self._make(True, goal)
+    # -- channels come up -------------------------------------------------------------------------------------
+
+    def _make_dialled(self, goals: list[Goal]) -> Attempt:
+        connection = self._make(goals)
         return connection.channel, connection.ready
 
     def _make_accepted(self) -> Channel:
-        while len(self._strangers) >= MAX_STRANGERS:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
-            oldest.channel.abort("too many strangers")
-        return self._make(False, None).channel
+        accepted = [connection for connection in self._strangers if not connection.channel.initiator]
+        if len(accepted) >= self._limits.strangers:
+            victim = oldest_of_busiest_host(accepted)
+            del self._strangers[victim]
+            self._others[victim] = None
+            victim.channel.abort("too many strangers")
+        return self._make(None).channel
 
-    def _make(self, initiator: bool, goal: Goal | None) -> _Connection:
-        connection = _Connection(self, goal)
-        payload = msgspec.msgpack.encode(Hello(PROTOCOL_VERSION, self.port, self.dht_port))
-        connection.channel = Channel(connection, initiator, self._private, payload=payload)
+    def _make(self, goals: list[Goal] | None) -> Connection:
+        def make_channel(connection: Connection) -> Channel:
+            payload = encode_hello(self.port, self.dht_port)
+            return Channel(connection, goals is not None, self._private, payload=payload, limits=self._limits.channel)
+
+        connection = Connection(self, goals or [], make_channel)
         connection.channel.frame_limit = STRANGER_FRAME
-        self._strangers[connection] = None
+        if self._closing:
+            connection.channel.abort("leaving")
+        else:
+            self._strangers[connection] = None
         return connection
 
-    # -- channels come up -------------------------------------------------------------------------------------
-
-    def _ready(self, connection: _Connection) -> None:
-        """The handshake is complete: decide which channel of a pair stays, then show topics."""
-        self._strangers.pop(connection, None)
-        channel = connection.channel
-        try:
-            connection.hello = msgspec.msgpack.decode(channel.remote_payload, type=Hello)
-        except (msgspec.DecodeError, RecursionError):
-            self._retire(connection, "a malformed greeting")
-            return
-        host = channel.remote_address[0]
+    def handshaken(self, connection: Connection) -> None:
+        """We know who it is. Who dialled decides whether the channel is used: not where there is one already."""
+        for goal in connection.wanted:
+            connection.goals.add(goal, self._meeting_ends())
+        if connection.channel.initiator:
+            self._places.reached(connection.channel.remote_address, connection.instance)
+        current = self._connections.get(connection.instance)
         if connection.instance == self.instance:
             self._retire(connection, "that was ourselves")
         elif self._closing:
             self._retire(connection, "leaving")
-        elif self._claim(connection):
-            self._connections[connection.instance] = connection
-            log.debug("channel to %s port %d is up", *channel.remote_address)
-            if 0 < connection.hello.port < 65536:
-                self._instances[host, connection.hello.port] = connection.instance
-            if connection.goal is not None and channel.initiator:
-                self._instances[channel.remote_address] = connection.instance
-            if 0 < connection.hello.dht_port < 65536:
-                self._met(host, connection.hello.dht_port)
-            connection.matcher = Matcher(
-                channel.initiator, channel.handshake_hash, channel.send, self._identity.author, self._identity.sign, self._addresses
-            )
-            self._changed(connection, connection.matcher.join(*self._drivers))
+        elif connection.channel.initiator and current is not None:
+            self._replace(connection, current, "there is a connection already")
+        elif connection.channel.initiator:
+            self._use(connection)
 
-    def _claim(self, connection: _Connection) -> bool:
-        """Whether this channel becomes the one of its pair; the loser is closed."""
-        rival = self._connections.get(connection.instance)
-        if rival is not None:
-            young = asyncio.get_running_loop().time() - rival.channel.opened_at < CROSSING_WINDOW
-            crossing = rival.channel.initiator != connection.channel.initiator
-            # Crossing dials: the one of the smaller instance key stays. Both ends decide alike.
-            newcomer_wins = (connection.channel.initiator == (self.instance < connection.instance)) if crossing else False
-            if young and rival.channel.is_open and not newcomer_wins:
-                self._retire(connection, "there is a connection already")
-                return False
-            self._retire(rival, "replaced by a newer connection")
-        if len(self._connections) >= MAX_CHANNELS:
-            unused = next((other for other in self._connections.values() if other.idle_since is not None), None)
-            self._retire(unused or connection, "too many connections")
-            return unused is not None
-        return True
+    def used(self, connection: Connection) -> None:
+        """The peer uses this channel. Where we have another, both ends come to the same decision."""
+        current = self._connections.get(connection.instance)
+        if current is connection:
+            return
+        if current is None:
+            self._use(connection)
+        elif current.stamp is not None:
+            # The peer has used the other one too: it wants the one that it used last, having lost the other perhaps.
+            self._settle(connection, current, (connection.stamp or 0) > current.stamp)
+        else:
+            # Crossing dials: the one of the smaller instance key stays.
+            self._settle(connection, current, connection.instance < self.instance)
 
-    def _changed(self, connection: _Connection, changes: list[Change]) -> None:
+    def _settle(self, connection: Connection, current: Connection, newcomer_stays: bool) -> None:
+        if newcomer_stays:
+            self._use(connection)
+        else:
+            self._replace(connection, current, "there is a connection already")
+
+    def _use(self, connection: Connection) -> None:
+        """This is the channel of its pair from now on; an older one is closed."""
+        current = self._connections.get(connection.instance)
+        if current is None and not self._make_room():
+            self._retire(connection, "too many connections")
+            return
+        self._strangers.pop(connection, None)
+        self._connections[connection.instance] = connection  # before the other one goes: the core may dial this peer then
+        self._stamp += 1
+        matcher = connection.use(self._stamp, self._identity, self._addresses)
+        log.debug("channel to %s port %d is up", *connection.channel.remote_address)
+        if current is not None:
+            self._replace(current, connection, "replaced by a newer connection")
+        self._orphans.pop(connection.instance, Goals()).move_to(connection.goals)
+        self._fail(connection.goals.take(lambda goal: goal.instance not in (b"", connection.instance)))
+        self.greeted(connection)
+        if not connection.detached:
+            self.matched(connection, matcher.join(*self._drivers))
+
+    def _replace(self, old: Connection, new: Connection, reason: str) -> None:
+        """Closes a channel in favour of another of the same pair, which takes over what it was wanted for."""
+        goals = old.goals.take()
+        self._retire(old, reason)
+        for goal in goals:
+            self._pursue(new, goal)
+
+    def greeted(self, connection: Connection) -> None:
+        if connection.hello.dht_port:
+            self._met(connection.host, connection.hello.dht_port)
+
+    def _make_room(self) -> bool:
+        """Whether one more channel may be used; one that no topic uses goes for it."""
+        if len(self._connections) < self._limits.channels:
+            return True
+        unused = [connection for connection in self._connections.values() if not self._is_used(connection)]
+        if unused:
+            self._retire(oldest_of_busiest_host(unused), "too many connections")
+        return bool(unused)
+
+    def _is_used(self, connection: Connection) -> bool:
+        return any(driver.overlay.uses(connection.instance) for driver in connection.links.values())
+
+    # -- topics are agreed ------------------------------------------------------------------------------------
+
+    def matched(self, connection: Connection, changes: list[Change]) -> None:
+        matcher = connection.matcher
+        if matcher is not None and matcher.topics:
+            # No stranger any more. It stays so when the topics end: a long frame of one may be on its way.
+            connection.channel.frame_limit = MAX_FRAME
         for change, topic_key in changes:
-            driver = self._drivers.get(topic_key)
             if change == "down":
                 driver = connection.links.pop(topic_key, None)
                 if driver is not None:
                     driver.feed(LinkDown(connection.instance, "left"))
-            elif driver is not None and connection.matcher is not None and connection.matcher.remote_author is not None:
-                connection.links[topic_key] = driver
-                connection.channel.frame_limit = 2**32  # as long as any
-                goal = connection.goal
-                if goal is not None and goal.topic_key == topic_key:
-                    connection.goal = None  # reached
-                driver.feed(
-                    LinkUp(
-                        connection.instance,
-                        connection.matcher.remote_author,
-                        self._listening_at(connection),
-                        connection.channel.initiator,
-                        goal.addresses if goal is not None else (),
-                    )
-                )
+            else:
+                self._link(connection, topic_key)
 
-    def _listening_at(self, connection: _Connection) -> Addresses:
-        """Where the peer can be dialled: as we see it, then as it says itself."""
-        host = connection.channel.remote_address[0]
-        seen = ((host, connection.hello.port),) if 0 < connection.hello.port < 65536 else ()
-        told = connection.matcher.remote_addresses if connection.matcher is not None else ()
-        for address in told:
-            self._instances[address] = connection.instance
-        return tuple(dict.fromkeys(seen + told))[:16]
+    def _link(self, connection: Connection, topic_key: bytes) -> None:
+        driver, matcher = self._drivers.get(topic_key), connection.matcher
+        if driver is None or matcher is None or matcher.remote_author is None or connection.detached:
+            return
+        connection.links[topic_key] = driver
+        self._places.met(connection.instance, connection.host)
+        goals = connection.goals.take(lambda goal: goal.topic_key == topic_key)
+        dialled, *same = [goal.addresses for goal in goals if not goal.instance] or [()]
+        driver.feed(connection.link_up(dialled, self._may_dial))
+        for other in same:
+            driver.feed(DialFailed(b"", other))  # another name of the very peer: no candidate any more
 
     # -- channels go down -------------------------------------------------------------------------------------
 
-    def _retire(self, connection: _Connection, reason: str) -> None:
+    def _retire(self, connection: Connection, reason: str) -> None:
         """Takes a channel out of service, and closes it."""
+        self._strangers.pop(connection, None)
         self._unlink(connection, reason)
         self._others[connection] = None
         connection.channel.close(reason)
 
-    def _closed(self, connection: _Connection, reason: str) -> None:
+    def ended(self, connection: Connection, reason: str) -> None:
         self._strangers.pop(connection, None)
         self._others.pop(connection, None)
         self.bytes_in += connection.channel.bytes_in
@@ -344,32 +354,45 @@ class Endpoint:
         log.debug("channel to %s port %d has ended: %s", *connection.channel.remote_address, reason)
         self._unlink(connection, reason)
 
-    def _unlink(self, connection: _Connection, reason: str) -> None:
+    def _unlink(self, connection: Connection, reason: str) -> None:
         if connection.detached:
             return
         connection.detached = True
         links, connection.links = dict(connection.links), {}
         if connection.matcher is not None and self._connections.get(connection.instance) is connection:
             del self._connections[connection.instance]
-            self._instances = {address: instance for address, instance in self._instances.items() if instance != connection.instance}
+            self._places.lost(connection.instance)
         for driver in links.values():
             driver.feed(LinkDown(connection.instance, reason))
-        goal = connection.goal
-        if goal is not None and connection.matcher is not None and goal.topic_key not in links:
+        if connection.is_silent and not self._closing:
+            # The peer may have closed it in favour of its own dial, of which we have not heard yet.
+            connection.goals.move_to(self._orphans.setdefault(connection.instance, Goals()))
+        else:
+            self._fail(connection.goals.take())
+
+    def _fail(self, goals: Iterable[Goal]) -> None:
+        for goal in goals:
             self._dial_failed(goal)
 
     def _sweep(self) -> None:
-        """Closes channels that no topic has used for a while."""
+        """Closes channels that nobody took into use, or that no topic has used for a while; gives up on goals."""
         loop = asyncio.get_running_loop()
         now = loop.time()
+        for connection in list(self._strangers):
+            if connection.channel.is_open and now - connection.channel.opened_at >= self._limits.meeting:
+                self._retire(connection, "not taken into use")
+        for goals in list(self._orphans.values()):
+            self._fail(goals.take_due(now))
+        self._orphans = {instance: goals for instance, goals in self._orphans.items() if goals}
         for connection in list(self._connections.values()):
-            if any(driver.overlay.uses(connection.instance) for driver in connection.links.values()):
+            self._fail(connection.goals.take_due(now))
+            if self._is_used(connection):
                 connection.idle_since = None
             elif connection.idle_since is None:
                 connection.idle_since = now
-            elif now - connection.idle_since >= IDLE_TIMEOUT - SWEEP_INTERVAL:
+            elif now - connection.idle_since >= self._limits.idle - self._limits.sweep:
                 self._retire(connection, "no topic needs it")
-        self._sweeper = loop.call_later(SWEEP_INTERVAL, self._sweep)
+        self._sweeper = loop.call_later(self._limits.sweep, self._sweep)
 
     def traffic(self) -> tuple[int, int]:
         """Bytes received and sent, over all channels, ended ones included."""
