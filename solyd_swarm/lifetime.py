@@ -43,6 +43,11 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
+GLANCE = 0.2
+"""Seconds that the main thread waits at a stretch. A signal that comes in the moment before a wait does not end the wait;
+Python would see it with the next event only."""
+
+
 class Owner(Protocol):
     """Something that keeps the script alive from `register` to `unregister`. Hashable, by identity best."""
 
@@ -78,7 +83,8 @@ class _Life:
         """Wait until there is no owner left, however long that takes."""
         with self._watch() as changes:
             while self.owners:
-                changes.get()
+                with contextlib.suppress(queue.Empty):
+                    changes.get(timeout=GLANCE)
 
     def say_goodbye(self) -> None:
         """Have all owners leave, also those that register meanwhile. Once the time is up, a second call grants no more."""
@@ -172,8 +178,8 @@ def exit_from_handler(reason: SystemExit | KeyboardInterrupt) -> None:
 
 def _at_shutdown() -> None:
     """The main thread has come to its end, however it did; thread pools still work."""
-    _life.hook_ran = True
     _end(_life)
+    _life.hook_ran = True  # not before: Ctrl-C may hit before `_end` is ready to catch it
 
 
 def _at_exit() -> None:
@@ -252,15 +258,16 @@ def _exit(life: _Life, status: int) -> None:
 
 def _end_with(status: int) -> None:
     """Let Python go through the rest of its end (threads, pools, ``atexit``, flushing), but not choose the status."""
-    sys.__dict__["_solyd_swarm_end"] = _End(status)  # the dictionary of sys is the last to be cleared
+    # The dictionary of sys is the last to be cleared. Not replaced, or the old one would strike.
+    sys.__dict__.setdefault("_solyd_swarm_end", _End()).status = status
 
 
 class _End:
-    def __init__(self, status: int) -> None:
-        self._status = status
+    status: int | None = None
 
     def __del__(self, end: Callable[[int], NoReturn] = os._exit) -> None:
-        end(self._status)  # a default, since modules may be gone by now
+        if self.status is not None:
+            end(self.status)  # a default argument, since modules may be gone by now
 
 
 def _wait_for_the_exit(life: _Life) -> None:
@@ -268,7 +275,9 @@ def _wait_for_the_exit(life: _Life) -> None:
     try:
         if interpreter.was_interrupted(life.script):
             os._exit(INTERRUPTED)
-        life.go_on.get()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return life.go_on.get(timeout=GLANCE)
     except KeyboardInterrupt:
         os._exit(INTERRUPTED)
 
@@ -330,6 +339,7 @@ def _begin(life: _Life) -> None:
         _quiet = True
         sys.excepthook = _quiet_main(sys.excepthook)
         threading.excepthook = _quiet_threads(threading.excepthook)
+        sys.unraisablehook = _quiet_shutdown(sys.unraisablehook)
 
 
 def _quiet_main(previous: Callable[[type[BaseException], BaseException, TracebackType | None], Any]) -> Any:
@@ -351,6 +361,19 @@ def _quiet_threads(previous: Callable[[threading.ExceptHookArgs], Any]) -> Calla
             previous(args)
 
     return excepthook
+
+
+def _quiet_shutdown(previous: Callable[["sys.UnraisableHookArgs"], Any]) -> Callable[["sys.UnraisableHookArgs"], Any]:
+    """Ctrl-C while Python ends its threads, before our hook or after it, has no frame of ours to be caught in."""
+
+    def unraisablehook(args: "sys.UnraisableHookArgs") -> None:
+        where = args.exc_traceback and args.exc_traceback.tb_frame.f_code
+        if isinstance(args.exc_value, KeyboardInterrupt) and _life.had_owners and where is threading._shutdown.__code__:  # type: ignore[attr-defined]
+            _end_with(INTERRUPTED)
+        else:
+            previous(args)
+
+    return unraisablehook
 
 
 def _is_part_of_the_end(value: BaseException | None, *, interrupt: bool) -> bool:

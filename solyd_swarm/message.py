@@ -89,13 +89,14 @@ class Stats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Messages of one envelope, from number `start` of it on, not decoded yet."""
+    """Messages of one envelope, from number `start` of it on, not decoded yet. `shared`: handlers and iterators both have got them."""
 
     envelope: Envelope
     propagation_source: bytes
     late: bool
     topic: str
     start: int = 0
+    shared: bool = False
 
     @classmethod
     def of(cls, delivery: Deliver, neighbour: bytes, topic: str) -> "Batch":
@@ -106,8 +107,21 @@ class Batch:
     def size(self) -> int:
         return self.envelope.size
 
+    @property
+    def end(self) -> int:
+        """The number after the last message."""
+        return len(self.envelope.payloads)
+
     def __len__(self) -> int:
-        return len(self.envelope.payloads) - self.start
+        return self.end - self.start
+
+    def rest(self, start: int) -> "Batch":
+        """What is left from a number on."""
+        return Batch(self.envelope, self.propagation_source, self.late, self.topic, start, self.shared)
+
+    def as_shared(self, shared: bool = True) -> "Batch":
+        """The same, marked."""
+        return Batch(self.envelope, self.propagation_source, self.late, self.topic, self.start, shared)
 
     def decode(self, index: int) -> Any:
         """The object of message number `index`. Raises `PayloadError`, which names message and author."""

@@ -2,11 +2,15 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
+
+GLANCE = 0.2
+"""Seconds that a thread waits at a stretch."""
 
 OWN_THREAD = (
     "result() would block the swarm's own thread, which has to do the very work it waits for: "
@@ -61,14 +65,17 @@ class Pending(Generic[T]):
         if self._is_own_thread():
             raise RuntimeError(OWN_THREAD)
         if not self._done:
-            # A bare lock, since acquiring one is a single call that Ctrl-C interrupts and that leaves nothing half done.
+            # A bare lock, since acquiring one is a single call that Ctrl-C interrupts and that leaves nothing half done. A Ctrl-C
+            # that comes in the moment before does not end the wait, though, hence the glances.
             gate = threading.Lock()
             gate.acquire()
             key = object()
             try:
                 if self._add_waiter(key, gate.release):
-                    limit = -1 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)
-                    gate.acquire(timeout=limit)
+                    deadline = None if timeout is None else time.monotonic() + timeout
+                    left = GLANCE if timeout is None else min(GLANCE, max(0.0, timeout))
+                    while not gate.acquire(timeout=left) and left > 0:
+                        left = GLANCE if deadline is None else min(GLANCE, max(0.0, deadline - time.monotonic()))
             finally:
                 self._waiters.pop(key, None)
             if not self._done:

@@ -1,6 +1,7 @@
 """`pubsub` and `Node`: how swarms are made, and which node a swarm lives on."""
 
 import asyncio
+import logging
 import os
 import threading
 import weakref
@@ -11,12 +12,14 @@ from typing import Any, Final
 from solyd_swarm import lifetime
 from solyd_swarm.core.keys import derive_topic_key
 from solyd_swarm.core.log import DEFAULT_BYTES, DEFAULT_WINDOW
-from solyd_swarm.errors import OptionError, OptionTypeError, SwarmLeft
+from solyd_swarm.errors import ForkedError, OptionError, OptionTypeError, SwarmLeft
 from solyd_swarm.home import Home, ScriptHome, would_be_script
 from solyd_swarm.node import BaseNode, NodeOptions
 from solyd_swarm.options import DEFAULT_MESSAGE_SIZE, DEFAULT_PUBLISH_BUFFER, SwarmOptions, check_topic
 from solyd_swarm.pending import Pending
 from solyd_swarm.swarm import Swarm
+
+log = logging.getLogger("solyd_swarm.pubsub")
 
 
 class _Unset:
@@ -57,7 +60,9 @@ class Node:
         self._swarms: dict[bytes, Swarm] = {}
         self._lock = threading.RLock()
         self._closing = False
-        self._closed: Pending[None] = Pending(self._base.home.is_current)
+        self._last_swarms: list[Swarm] = []  # those that were there when closing began
+        self._closed: Pending[None] = Pending(self._is_own_thread)
+        self._closed_for_handlers: Pending[None] = Pending(self._is_own_thread)
 
     @property
     def id(self) -> str:
@@ -95,6 +100,8 @@ class Node:
 
     def _open(self, topic: str, options: SwarmOptions) -> Swarm:
         key = derive_topic_key(topic, options.secret_bytes)
+        if lifetime.forked(self._base.home.birth):
+            raise ForkedError("this node belongs to the parent process: make a new one in the child")
         with self._lock:
             if self._closing:
                 raise SwarmLeft("the node is closed: make a new one with Node()")
@@ -114,15 +121,26 @@ class Node:
             swarm._owns_node = self._implicit and not self._swarms
             if swarm._owns_node:
                 self._closing = True
+        if swarm._owns_node:
+            _forget_default(self)
 
     def close(self) -> Pending[None]:
-        """Leaves all topics and ends the node; nothing is left behind. Idempotent, from any thread."""
+        """Leaves all topics and ends the node; nothing is left behind. Idempotent, from any thread. Does nothing in a forked child."""
+        if lifetime.forked(self._base.home.birth):
+            nothing: Pending[None] = Pending(lambda: False)
+            nothing.set_result(None)
+            return nothing
         with self._lock:
             first, self._closing = not self._closing, True
-            swarms = list(self._swarms.values())
+            if first:
+                self._last_swarms = list(self._swarms.values())
         if first:
-            self._base.home.call(self._start_closing, [swarm.leave() for swarm in swarms])
-        return self._closed
+            self._base.home.call(self._start_closing, [swarm.leave() for swarm in self._last_swarms])
+        return self._closed_for_handlers if self._is_own_thread() else self._closed
+
+    def _is_own_thread(self) -> bool:
+        swarms = [*self._swarms.values(), *self._last_swarms]
+        return self._base.home.is_current() or any(swarm._is_own_thread() for swarm in swarms)
 
     def _start_closing(self, leaving: list[Pending[None]]) -> None:
         task = self._base.home.loop.create_task(self._close(leaving), name="solyd_swarm close")
@@ -132,8 +150,12 @@ class Node:
         for pending in leaving:
             await pending
         await self._base.close()
+        self._closed_for_handlers.set_result(None)
 
     def _after_closing(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("closing the node failed", exc_info=error)
+        self._closed_for_handlers.set_result(None)
         self._base.home.exit(self._base).when_done(lambda: self._closed.set_result(None))
 
     def __enter__(self) -> "Node":
@@ -141,7 +163,7 @@ class Node:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         closing = self.close()
-        if not self._base.home.is_current():
+        if not self._is_own_thread():
             closing.result()
 
     async def __aenter__(self) -> "Node":
@@ -213,7 +235,11 @@ def pubsub(
 
 def _open_implicit(node: Node, topic: str, options: SwarmOptions) -> Swarm:
     node._implicit = True
-    return node._open(topic, options)
+    try:
+        return node._open(topic, options)
+    except BaseException:
+        node.close()
+        raise
 
 
 def _open_on_default(topic: str, options: SwarmOptions) -> Swarm:
@@ -233,8 +259,23 @@ def _open_on_default(topic: str, options: SwarmOptions) -> Swarm:
         return swarm
 
 
+def _forget_default(node: Node) -> None:
+    """It has ended: neither it nor its loop is to be kept alive."""
+    with _defaults_lock:
+        if _defaults.get(node.home.loop) is node:
+            del _defaults[node.home.loop]
+
+
 def _is_ours(home: Home) -> bool:
     """Whether a swarm made here and now would live there."""
     if would_be_script():
         return isinstance(home, ScriptHome) and not home.ended
     return not isinstance(home, ScriptHome) and home.loop is asyncio.get_running_loop()
+
+
+def _after_fork_in_child() -> None:
+    global _defaults_lock
+    _defaults_lock = threading.RLock()  # another thread may have held it
+
+
+lifetime.call_in_child(_after_fork_in_child)

@@ -155,6 +155,9 @@ class LoopThread:
         self._lock = threading.RLock()  # another thread may have held it
         if self.is_current() and self._loop is not None:
             self._loop.stop()
+            # What is left of this turn would read from the pipe, shared with the parent, that wakes the parent's loop.
+            for handle in getattr(self._loop, "_ready", ()):
+                handle.cancel()
 
 
 class Dispatcher:

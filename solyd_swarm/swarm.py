@@ -1,12 +1,12 @@
 """`pubsub` and what it returns: the swarm that users hold."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,14 +15,15 @@ from solyd_swarm import lifetime, payload
 from solyd_swarm.core.events import Deliver, Equivocated, Publish, Quit
 from solyd_swarm.core.keys import derive_topic_key, format_author, format_message_id
 from solyd_swarm.core.overlay import OverlayConfig
-from solyd_swarm.emitter import SwarmEmitter
+from solyd_swarm.delivery import Delivery
+from solyd_swarm.emitter import MAX_CALLS, SwarmEmitter
 from solyd_swarm.errors import ForkedError, MessageTooLarge, PayloadError, SwarmBusy, SwarmLeft
-from solyd_swarm.inbox import Inbox, MessageIterator
 from solyd_swarm.message import Batch, Message, Peer, Stats
 from solyd_swarm.net.driver import Driver
 from solyd_swarm.node import BaseNode
 from solyd_swarm.options import SwarmOptions
 from solyd_swarm.pending import Pending
+from solyd_swarm.store.memory import Unread
 
 log = logging.getLogger("solyd_swarm.swarm")
 
@@ -52,9 +53,12 @@ class Swarm(SwarmEmitter):
         self._on_left = on_left
         self._topic_key = derive_topic_key(topic, options.secret_bytes)
         self._epoch = node.identity.next_epoch()
-        self._state = threading.Lock()  # guards what publish() shares with the loop
+        # Guards what publish() shares with the loop. Reentrant: collecting garbage may close an iterator anywhere, and a signal
+        # handler may publish.
+        self._state = threading.RLock()
+        self._id_prefix = format_message_id(node.identity.public_key, self._epoch, 0)[:-1]
         self._sequence = 0
-        self._outgoing: list[tuple[int, bytes]] = []
+        self._outgoing: list[bytes] = []  # the last messages published, up to `_sequence`
         self._outgoing_bytes = 0
         self._drain_scheduled = False
         self._unaccepted: deque[tuple[int, int]] = deque()  # (last sequence, bytes) that no neighbour has acknowledged
@@ -62,26 +66,40 @@ class Swarm(SwarmEmitter):
         self._acked_by_any = 0
         self._acked_by_all = 0
         self._peers: dict[bytes, Peer] = {}
+        self._was_joined = False
         self._leaving = False
         self._leave_bounds = (ACK_WAIT, HANDLER_WAIT)
+        self._callers: set[asyncio.Task[Any]] = set()  # tasks that asked us to leave, on the loop
         self._left_for_handlers: Pending[None] = Pending(self._is_own_thread)
         self._left: Pending[None] = Pending(self._is_own_thread)
         self._joins: list[Pending[None]] = []
         self._flushes: list[tuple[int, Pending[None]]] = []
         self._acks_changed = asyncio.Event()
         self._driver: Driver | None = None
+        self._partly_read: dict[tuple[bytes, int], int] = {}  # in an earlier life, with the first number that was not
+        self._remember: Callable[[], None] | None = None
         self._leave_task: asyncio.Task[None] | None = None
         self._alone_timer: asyncio.TimerHandle | None = None
-        self._counts = {"delivered": 0, "late": 0, "lagged": 0, "undecodable": 0}
+        self._lagged_count = 0
+        self._lag_untold = 0  # of those, what the next lagged event tells
+        self._lag_told = True  # none is on its way
+        self._undecodable_count = 0
         self._executor = self._home.executor(self._handler_failed)
-        self._inbox = Inbox(options.retain_bytes, self._lagged)
-        self._pumps = 0  # calls of _pump on their way to the executor
-        self._iterators: dict[int, weakref.ref[MessageIterator]] = {}
-        self._greeted: set[int] | None = None  # while connected: the handlers that were told so
-        node.on_loop_ending.append(self._begin_leave)
+        self._delivery = Delivery(
+            self._home,
+            self._executor,
+            self,
+            max_bytes=options.retain_bytes,
+            max_age=options.retain,
+            on_lag=self._lagged,
+            on_error=self._undecodable,
+            is_own_thread=self._is_own_thread,
+        )
+        self._told_connected = False  # on the executor: which of the two events came last
+        node.on_loop_ending.append(self._end_with_loop)
+        self._home.call(self._join_topic)
         if self._home.keeps_alive:
             lifetime.register(self)
-        self._home.call(self._join_topic)
 
     def __repr__(self) -> str:
         return f"<Swarm {self.topic!r} {self.id} {'left' if self._leaving else f'{len(self._peers)} neighbours'}>"
@@ -116,8 +134,11 @@ class Swarm(SwarmEmitter):
             held_bytes=overlay_log.bytes if overlay_log is not None else 0,
             bytes_in=bytes_in,
             bytes_out=bytes_out,
+            delivered=self._delivery.delivered,
+            late=self._delivery.late,
+            lagged=self._lagged_count,
+            undecodable=self._undecodable_count,
             discovery=self._node.describe_sources(),
-            **self._counts,
         )
 
     # -- publishing -------------------------------------------------------------------------------------------
@@ -151,14 +172,15 @@ class Swarm(SwarmEmitter):
         with self._state:
             if self._leaving:
                 raise SwarmLeft("the swarm has left: publish before leave(), or make a new one with pubsub()")
-            self._check_room(size)
+            if self._outgoing_bytes + self._unaccepted_bytes + size > self._options.publish_buffer:
+                self._check_room(size)
             self._sequence = sequence = self._sequence + 1
-            self._outgoing.append((sequence, data))
+            self._outgoing.append(data)  # right after it: a signal handler that publishes cannot come between
             self._outgoing_bytes += size
             schedule, self._drain_scheduled = not self._drain_scheduled, True
         if schedule:
             self._home.call(self._drain)
-        return format_message_id(self._node.identity.public_key, self._epoch, sequence)
+        return f"{self._id_prefix}{sequence}"
 
     def _check_room(self, size: int) -> None:
         """Raises `SwarmBusy`. Alone, the window is the buffer: what does not fit drops its oldest."""
@@ -175,12 +197,22 @@ class Swarm(SwarmEmitter):
         with self._state:
             batch, self._outgoing = self._outgoing, []
             size, self._outgoing_bytes = self._outgoing_bytes, 0
+            last = self._sequence
             self._drain_scheduled = False
             if batch:
-                self._unaccepted.append((batch[-1][0], size))
-                self._unaccepted_bytes += size
+                self._note_unaccepted(last, size)
         if batch and self._driver is not None:
-            self._driver.feed(Publish(batch[0][0], time.time_ns() // 1000, [data for _, data in batch]))
+            self._driver.feed(Publish(last - len(batch) + 1, time.time_ns() // 1000, batch))
+
+    def _note_unaccepted(self, last: int, size: int) -> None:
+        """Keeps account of what no neighbour has; in a bounded number of entries, and no more of it than is kept."""
+        entries = self._unaccepted
+        self._unaccepted_bytes += size
+        if entries and entries[-1][1] + size <= self._options.publish_buffer // 64:
+            size += entries.pop()[1]
+        entries.append((last, size))
+        while len(entries) > 1 and self._unaccepted_bytes > max(self._options.publish_buffer, self._options.retain_bytes):
+            self._unaccepted_bytes -= entries.popleft()[1]
 
     # -- waiting ----------------------------------------------------------------------------------------------
 
@@ -225,6 +257,7 @@ class Swarm(SwarmEmitter):
 
     def wait(self, timeout: float | None = None) -> None:
         """Blocks until the swarm has left. Raises ``TimeoutError`` after ``timeout`` seconds."""
+        self._check_forked()
         self._left.result(timeout)
 
     # -- leaving ----------------------------------------------------------------------------------------------
@@ -232,11 +265,18 @@ class Swarm(SwarmEmitter):
     def leave(self) -> Pending[None]:
         """Says goodbye, drains, closes: nothing is left behind, within a second. Idempotent; from any thread, also a handler.
 
-        A handler that waits for the result (with ``await``) is neither cancelled nor waited for.
+        A handler that waits for the result (with ``await``) is neither cancelled nor waited for. In a forked child it does nothing.
         """
-        if not lifetime.forked(self._home.birth):
-            self._begin_leave()
-        return self._left_for_handlers if self._is_own_thread() else self._left
+        if lifetime.forked(self._home.birth):
+            nothing: Pending[None] = Pending(lambda: False)
+            nothing.set_result(None)
+            return nothing
+        self._begin_leave()
+        if not self._is_own_thread():
+            return self._left
+        if self._home.is_current() and (task := asyncio.current_task()) is not None:
+            self._callers.add(task)
+        return self._left_for_handlers
 
     def begin_leave(self, within: float) -> None:
         """As `leave`, when the process ends."""
@@ -254,9 +294,19 @@ class Swarm(SwarmEmitter):
         self._leave_task = self._home.loop.create_task(self._leave(), name="solyd_swarm leave")
         self._leave_task.add_done_callback(self._after_leaving)
 
+    async def _end_with_loop(self) -> None:
+        """The user's loop ends and has cancelled all tasks: leave all the same. Handlers end with the loop, as any task."""
+        self.drop_waiting()
+        self._begin_leave()
+        await self._left
+        self.drop_waiting()
+        handlers = self.running_handlers()
+        for task in handlers:
+            task.cancel()
+        await asyncio.gather(*handlers, return_exceptions=True)
+
     async def _leave(self) -> None:
-        handler = asyncio.current_task()
-        assert handler is not None
+        """Every step may be taken twice: a loop that ends cancels this task too, and it begins again."""
         self._drain()
         await self._wait_for_acks(self._leave_bounds[0])
         self._settle_all_waiting()
@@ -264,21 +314,24 @@ class Swarm(SwarmEmitter):
             self._alone_timer.cancel()
         if self._driver is not None:
             self._driver.feed(Quit())
-        self._node.close_topic(self._topic_key)
+        self._remember = self._node.close_topic(self._topic_key) if self._remember is None else self._remember
         self._warn_of_unreceived()
         self._on_left(self)
-        for iterator in self._living_iterators():
-            iterator.end()
-        self._post("disconnected" if self._peers else "")
+        self._delivery.end()
+        if self._peers:
+            self._enqueue(self._disconnected)
         self._peers.clear()
         self._post("left")
         closed = self._executor.close(self._leave_bounds[1])
+        await self._let_handlers_finish(closed)
+        self._remember()
         if self._owns_node:
             await self._node.close()
-        await self._let_handlers_finish(closed)
-        if self._begin_leave in self._node.on_loop_ending:
-            self._node.on_loop_ending.remove(self._begin_leave)
         self._left_for_handlers.set_result(None)
+        self.drop_waiting()
+        if self._home.keeps_alive and (callers := [task for task in self._callers if not task.done()]):
+            # Our own loop ends with us, and cancels what runs.
+            await asyncio.wait(callers, timeout=self._leave_bounds[1])
 
     async def _wait_for_acks(self, seconds: float) -> None:
         try:
@@ -296,7 +349,7 @@ class Swarm(SwarmEmitter):
 
     def _warn_of_unreceived(self) -> None:
         missing = self._sequence - self._acked_by_any
-        if missing:
+        if missing and not self._delivery.ended:
             log.warning(
                 "left %r with %d of %d published messages that no other peer is known to have received",
                 self.topic,
@@ -306,19 +359,24 @@ class Swarm(SwarmEmitter):
 
     async def _let_handlers_finish(self, closed: Pending[int]) -> None:
         """Waits, within bounds, for handlers at work; not for one that may itself be waiting for us."""
-        self.drop_waiting()
-        if not (self._executor.is_current() or closed.done()):
-            try:
-                async with asyncio.timeout(self._leave_bounds[1] + 0.1):
-                    await closed
-            except TimeoutError:
-                log.debug("a handler is still at work; it is left to itself")
+        try:
+            async with asyncio.timeout(self._leave_bounds[1] + 0.1):
+                await closed
+                while handlers := [task for task in self.running_handlers() if task not in self._callers]:
+                    await asyncio.wait(handlers)
+        except TimeoutError:
+            log.debug("a handler is still at work; it is left to itself")
 
     def _after_leaving(self, task: "asyncio.Task[None]") -> None:
         """The last step: what is left of us ends with the task that is done now."""
+        if task.cancelled() and not self._left_for_handlers.done():
+            self._start_leaving()
+            return
         error = None if task.cancelled() else task.exception()
         if error is not None:
             log.error("leaving %r failed", self.topic, exc_info=error)
+        if self._end_with_loop in self._node.on_loop_ending:
+            self._node.on_loop_ending.remove(self._end_with_loop)
         self._left_for_handlers.set_result(None)
         gone = self._home.exit(self._node) if self._owns_node else None
 
@@ -334,101 +392,37 @@ class Swarm(SwarmEmitter):
     # -- consuming --------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Message]:
-        return self._iterate()
+        self._check_forked()
+        return self._delivery.iterate()
 
     def __aiter__(self) -> AsyncIterator[Message]:
-        return self._iterate()
-
-    def _iterate(self) -> MessageIterator:
         self._check_forked()
-        iterator = MessageIterator(
-            self._options.retain_bytes, self._lagged, self._undecodable, self._iterator_closed, self._is_own_thread
-        )
-        if self._left.done() or self._left_for_handlers.done():
-            for batch in self._inbox.take_all():
-                iterator.put(batch)
-            iterator.end()
-            return iterator
-        with self._state:
-            self._iterators[id(iterator)] = weakref.ref(iterator)
-        self._home.call(self._serve)
-        return iterator
-
-    def _iterator_closed(self, iterator: MessageIterator, rest: Iterable[Batch]) -> None:
-        with self._state:
-            self._iterators.pop(id(iterator), None)
-            nobody = not self._iterators
-        if nobody and not self._has_message_handlers():
-            for batch in rest:
-                self._inbox.put(batch)
-
-    def _living_iterators(self) -> list[MessageIterator]:
-        with self._state:
-            found = [reference() for reference in self._iterators.values()]
-        return [iterator for iterator in found if iterator is not None]
-
-    def _has_message_handlers(self) -> bool:
-        return self.handles("message") or self.handles("received")
-
-    def _serve(self) -> None:
-        """On the loop: passes what waits to the iterators that are there, and to the handlers."""
-        iterators = self._living_iterators()
-        handled = self._has_message_handlers()
-        if not iterators and not handled:
-            return
-        if iterators:
-            waiting = self._inbox.take_all()
-            for batch in waiting:
-                for iterator in iterators:
-                    iterator.put(batch)
-                if not handled:
-                    self._count(batch)
-                else:
-                    self._executor.post(self._handle_batch, batch)
-        elif handled:
-            while self._pumps < len(self._inbox):
-                self._pumps += 1
-                self._executor.post(self._pump)
-
-    def _pump(self) -> None:
-        """On the executor: hands one batch to the handlers. What came too fast has been dropped from the inbox meanwhile."""
-        self._pumps -= 1
-        batch = self._inbox.take()
-        if batch is not None:
-            self._handle_batch(batch)
-
-    def _handle_batch(self, batch: Batch) -> None:
-        self._count(batch)
-        emit = self.emit
-        for index in range(batch.start, len(batch.envelope.payloads)):
-            try:
-                data = batch.decode(index)
-            except PayloadError as error:
-                self._undecodable(error)
-                continue
-            emit("message", data)
-            if self.handles("received"):
-                emit("received", batch.message(index, data))
-
-    def _count(self, batch: Batch) -> None:
-        self._counts["delivered"] += len(batch)
-        if batch.late:
-            self._counts["late"] += len(batch)
+        return self._delivery.iterate()
 
     # -- what the driver tells us (Sink), on the loop -----------------------------------------------------------
 
     def deliver(self, delivery: Deliver) -> None:
-        self._inbox.put(Batch.of(delivery, self._author_of(delivery.propagation_source), self.topic))
-        self._serve()
+        batch = Batch.of(delivery, self._author_of(delivery.propagation_source), self.topic)
+        if self._partly_read:
+            envelope = delivery.envelope
+            unread = self._partly_read.get((envelope.author, envelope.epoch), 0)
+            if envelope.first < unread <= envelope.last:
+                del self._partly_read[envelope.author, envelope.epoch]
+                batch = batch.rest(unread - envelope.first)
+        self._delivery.arrived(batch)
+
+    def _unread(self) -> list[Unread]:
+        return [(batch.envelope, batch.start) for batch in self._delivery.unread()]
 
     def neighbor_up(self, peer: bytes, author: bytes) -> None:
         address = self._node.endpoint.address_of(peer) or ("", 0)
         new = Peer(format_author(author), f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}", _now())
         first = not self._peers
+        self._was_joined = True
         self._peers[peer] = new
         log.debug("neighbour up: %s at %s", new.id, new.address)
         if first:
-            self._executor.post(self._connected)
+            self._enqueue(self._connected)
             joins, self._joins = self._joins, []
             for pending in joins:
                 pending.set_result(None)
@@ -442,7 +436,7 @@ class Swarm(SwarmEmitter):
         self._post("neighbor_down", old, reason)
         self._settle_flushes()
         if not self._peers:
-            self._executor.post(self._disconnected)
+            self._enqueue(self._disconnected)
             self._node.look_again(self._topic_key)
 
     def progress(self, by_any: int, by_all: int) -> None:
@@ -469,11 +463,11 @@ class Swarm(SwarmEmitter):
         if self._leaving:
             return
         config = OverlayConfig(window=self._options.retain, max_bytes=self._options.retain_bytes, replay=self._options.replay)
-        self._driver = self._node.open_topic(self._topic_key, self._epoch, config, self)
+        self._driver, self._partly_read = self._node.open_topic(self._topic_key, self._epoch, config, self, self._unread)
         self._alone_timer = self._home.loop.call_later(ALONE_WARNING, self._warn_alone)
 
     def _warn_alone(self) -> None:
-        if self._peers or (self._sequence and self._acked_by_any):
+        if self._was_joined:
             return
         tried = "; ".join(f"{name}: {state}" for name, state in self._node.describe_sources().items())
         log.warning(
@@ -489,48 +483,67 @@ class Swarm(SwarmEmitter):
     # -- events -----------------------------------------------------------------------------------------------
 
     def _post(self, event: str, *args: Any) -> None:
-        if event and self.handles(event):
-            self._executor.post(self.emit, event, *args)
+        if self.handles(event):
+            self._enqueue(self.emit, event, *args)
+
+    def _enqueue(self, function: Callable[..., object], *args: Any) -> bool:
+        """Has something called on the executor. Bounds peers that come and go while a handler hangs: the newest is dropped."""
+        if len(self._executor) >= MAX_CALLS:
+            log.debug("handlers of %r are far behind: an event is dropped", self.topic)
+            return False
+        return self._executor.post(function, *args)
 
     def _connected(self) -> None:
-        with self._lock:
-            self._greeted = {id(handler) for handler in self._events.get("connected", {}).values()}
-        self.emit("connected")
+        self._told_connected = True
+        self.emit_connected()
 
     def _disconnected(self) -> None:
-        self._greeted = None
+        self._told_connected = False
         self.emit("disconnected")
 
-    def _listener_added(self, event: str, handler: Callable[..., Any]) -> None:
-        self._check_forked()
-        if event == "connected" and not self._leaving:
-            self._executor.post(self._greet, handler)
-        elif event in ("message", "received") and not self._leaving:
-            self._home.call(self._serve)
+    def _greet(self) -> None:
+        self.greet(connected=self._told_connected)
 
-    def _greet(self, handler: Callable[..., Any]) -> None:
-        """A handler added while connected is called once, and not twice if it was added just before."""
-        if self._greeted is not None and id(handler) not in self._greeted:
-            self._greeted.add(id(handler))
-            self._run("connected", handler, handler, (), {})
+    def _listener_added(self, event: str) -> None:
+        self._check_forked()
+        if event == "connected":
+            self._enqueue(self._greet)
+        elif event in ("message", "received"):
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nothing arrives any more
+                self._home.call(self._delivery.serve)
+
+    def _drained(self) -> None:
+        self._delivery.serve()
 
     def _lagged(self, count: int) -> None:
-        if not self._counts["lagged"]:
+        with self._state:
+            first = not self._lagged_count
+            self._lagged_count += count
+            self._lag_untold += count
+            told, self._lag_told = self._lag_told, False
+        if first:
             log.warning("handlers of %r are too slow: messages are dropped, oldest first (the lagged event counts them)", self.topic)
-        self._counts["lagged"] += count
-        self._post("lagged", count)
+        if told and not self._enqueue(self._tell_lag):
+            self._lag_told = True
+
+    def _tell_lag(self) -> None:
+        """One event for all that was dropped since the last: a handler that hangs must not make a queue of them."""
+        with self._state:
+            count, self._lag_untold, self._lag_told = self._lag_untold, 0, True
+        self.emit("lagged", count)
 
     def _undecodable(self, error: PayloadError) -> None:
-        self._counts["undecodable"] += 1
+        with self._state:
+            self._undecodable_count += 1
         self._report_error(error)
 
     def _handler_failed(self, error: BaseException) -> None:
         self._report_error(error)
 
     def _report_error(self, error: BaseException) -> None:
-        if self.handles("error"):
-            self._executor.post(self.emit, "error", error)
-        elif isinstance(error, PayloadError):
+        if self.handles("error") and self._enqueue(self.emit, "error", error):
+            return
+        if isinstance(error, PayloadError):
             log.warning("%s", error)
         else:
             log.error("a handler of %r raised", self.topic, exc_info=error)

@@ -18,6 +18,8 @@ from solyd_swarm.core.wire import MAX_ADDRESSES, Host, Instance, Port
 from solyd_swarm.errors import OptionTypeError, TicketError
 
 PREFIX = "solyd1"
+MAX_NAME = 253
+"""Characters of the longest host name (RFC 1035, less the root)."""
 _CHECKSUM = 4
 
 
@@ -53,7 +55,9 @@ def parse_contact(text: str) -> Contact:
         return _parse_ticket(text)
     host, colon, port = text.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not colon or not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535 or "/" in host or " " in host:
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535
+    is_host = 0 < len(host) <= MAX_NAME and host.isprintable() and not set(host) & set(" /")
+    if not (colon and is_host and is_port):
         raise TicketError(f"{text[:80]!r} is neither a ticket (`swarm.ticket` of a running swarm) nor 'host:port', port 1 to 65535")
     return Contact(((host, int(port)),))
 

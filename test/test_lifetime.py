@@ -451,6 +451,9 @@ def test_interrupt_inside_with(start: Start) -> None:
         gate = threading.Event()
         worker.start()
         print("buffered")
+        atexit._clear()
+        atexit.register(say, "atexit")  # before ours: Python gets to it when ours has run
+        atexit.register(lifetime._at_exit)
         with Swarm() as swarm:
             swarm.after(0.1, lambda: say("ready"))
             try:
@@ -951,8 +954,50 @@ def test_interrupt_before_the_hook_could_run(start: Start) -> None:
         threading._register_atexit(raises)  # runs before ours, and keeps ours from running
         """
     )
-    assert process.end()[0] == 130
+    assert process.end() == (130, "")
     assert process.lines == ["atexit", "goodbye swarm"]
+
+
+def test_interrupt_as_the_hook_begins(start: Start) -> None:
+    """Where the hook cannot catch it yet; the process must not wait for the swarm ever after."""
+    process = start(
+        """
+        is_main = lifetime.interpreter.is_main
+        def raises():
+            lifetime.interpreter.is_main = is_main
+            raise KeyboardInterrupt
+        lifetime.interpreter.is_main = raises
+        swarm = Swarm()
+        """
+    )
+    assert process.end() == (130, "")
+    assert process.lines == ["atexit", "goodbye swarm"]
+
+
+def test_interrupt_after_the_hook(start: Start) -> None:
+    """All have left, and Python waits for a thread of the user's."""
+    process = start(
+        """
+        def work():
+            while not lifetime._life.hook_ran or lifetime._life.owners:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            say("ready")
+            gate.wait()
+            say("worker done")
+        gate = threading.Event()
+        threading.Thread(target=work).start()
+        threading.Thread(target=lambda: (time.sleep(1), gate.set()), daemon=True).start()
+        atexit.register(say, "late atexit")
+        with Swarm():
+            pass
+        """
+    )
+    process.expect("ready")
+    process.interrupt()
+    assert process.end() == (130, "")
+    assert process.lines[:2] == ["goodbye swarm", "ready"]
+    assert process.lines[-2:] == ["late atexit", "atexit"]
 
 
 def test_owner_that_fails_to_leave(start: Start) -> None:
