@@ -1,0 +1,59 @@
+"""The benchmarks run, end by themselves, and count truly. What they measure is not asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAIR = Path(__file__).resolve().parent.parent / "bench" / "pair.py"
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, PAIR, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def check_spread(figures: dict[str, float]) -> None:
+    assert set(figures) == {"p50", "p99", "max"}
+    assert 0 < figures["p50"] <= figures["p99"] <= figures["max"]
+
+
+def check_throughput(figures: dict[str, Any], size: int, count: int) -> None:
+    assert figures["size"] == size
+    assert figures["published"] == figures["delivered"] == count
+    assert figures["in_order"] is True
+    assert figures["lagged"] == 0
+    assert figures["delivered_per_s"] > 0
+
+
+@pytest.mark.parametrize("mode", ["script", "asyncio"])
+def test_pair_as_json(mode: str) -> None:
+    found = json.loads(run("--json", "--mode", mode, "--messages", "3000", "--large", "30", "--pings", "5", "--runs", "2"))
+    assert found["cores"] >= 1
+    (measured,) = found["modes"].values()
+    assert list(found["modes"]) == [mode]
+    assert measured["runs"] == 2
+    for name in ("start_mdns_ms", "start_ticket_ms", "one_way_ms", "round_trip_ms"):
+        check_spread(measured[name])
+    assert measured["one_way_ms"]["p50"] < measured["round_trip_ms"]["p50"]
+    check_throughput(measured["small"], 200, 3000)
+    check_throughput(measured["large"], 16 * 1024, 30)
+    assert measured["publisher_peak_mib"] > 1
+    assert measured["subscriber_peak_mib"] > 1
+
+
+def test_pair_as_a_table() -> None:
+    table = run("--mode", "asyncio", "--messages", "500", "--large", "5", "--pings", "2", "--runs", "1")
+    assert "500 of 500" in table
+    assert "round trip" in table
+
+
+def test_wrong_sizes_are_refused() -> None:
+    done = subprocess.run([sys.executable, PAIR, "--messages", "0"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "give 1 or more" in done.stderr
