@@ -32,10 +32,12 @@ RANKS = {
     "message": 3,
     "inbox": 3,
     "home": 3,
+    "delivery": 3,
     "node": 4,
     "swarm": 5,
     "pubsub": 6,
     "": 7,  # the package itself: what users import
+    "pipe": 8,
     "cli": 8,
     "__main__": 9,
 }
