@@ -64,6 +64,7 @@ class Stats:
         neighbors: neighbours now.
         published: messages published.
         acknowledged: of those, how many at least one neighbour holds.
+        lost: of those, how many left the window before any neighbour was known to hold them.
         delivered: messages handed to handlers and iterators.
         late: of those, how many came out of order.
         lagged: messages dropped because handlers or iterators were too slow.
@@ -76,6 +77,7 @@ class Stats:
     neighbors: int = 0
     published: int = 0
     acknowledged: int = 0
+    lost: int = 0
     delivered: int = 0
     late: int = 0
     lagged: int = 0

@@ -65,6 +65,7 @@ class Swarm(SwarmEmitter):
         self._unaccepted_bytes = 0
         self._acked_by_any = 0
         self._acked_by_all = 0
+        self._lost = 0  # of those counted as acknowledged
         self._peers: dict[bytes, Peer] = {}
         self._was_joined = False
         self._leaving = False
@@ -129,7 +130,8 @@ class Swarm(SwarmEmitter):
         return Stats(
             neighbors=len(self._peers),
             published=self._sequence,
-            acknowledged=self._acked_by_any,
+            acknowledged=max(0, self._acked_by_any - self._lost),
+            lost=self._lost,
             held=len(overlay_log) if overlay_log is not None else 0,
             held_bytes=overlay_log.bytes if overlay_log is not None else 0,
             bytes_in=bytes_in,
@@ -348,7 +350,7 @@ class Swarm(SwarmEmitter):
         self._joins, self._flushes = [], []
 
     def _warn_of_unreceived(self) -> None:
-        missing = self._sequence - self._acked_by_any
+        missing = self._sequence - self._acked_by_any + self._lost
         if missing and not self._delivery.ended:
             log.warning(
                 "left %r with %d of %d published messages that no other peer is known to have received",
@@ -439,8 +441,14 @@ class Swarm(SwarmEmitter):
             self._enqueue(self._disconnected)
             self._node.look_again(self._topic_key)
 
-    def progress(self, by_any: int, by_all: int) -> None:
-        self._acked_by_any, self._acked_by_all = by_any, by_all
+    def progress(self, by_any: int, by_all: int, lost: int) -> None:
+        if lost and not self._lost:
+            log.warning(
+                "messages published on %r leave the window, and nobody is known to have received them (stats.lost counts them):"
+                " see that somebody is there, publish slower, or give pubsub() a larger retain or retain_bytes",
+                self.topic,
+            )
+        self._acked_by_any, self._acked_by_all, self._lost = by_any, by_all, lost
         with self._state:
             while self._unaccepted and self._unaccepted[0][0] <= by_any:
                 self._unaccepted_bytes -= self._unaccepted.popleft()[1]

@@ -156,7 +156,7 @@ def test_busy_when_no_neighbour_accepts(make: Make) -> None:
     one.publish(bytes(9_000))
 
 
-def test_alone_the_window_is_the_buffer(make: Make) -> None:
+def test_alone_the_window_is_the_buffer(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     one = make(publish_buffer=1_000, retain_bytes=20_000)
     for number in range(100):
         one.publish([number, bytes(1_000)])
@@ -169,6 +169,13 @@ def test_alone_the_window_is_the_buffer(make: Make) -> None:
     numbers = [number for number, _ in got.calls]
     assert numbers == list(range(100 - len(numbers), 100))
     assert 10 <= len(numbers) < 20
+    # What the window could not hold is said to be lost, and not counted as received by anybody.
+    one.flush().result(10)
+    assert one.stats.lost == 100 - len(numbers)
+    assert one.stats.acknowledged == len(numbers)
+    assert "leave the window" in caplog.text
+    one.leave().result(10)
+    assert f"{100 - len(numbers)} of 100 published messages" in caplog.text
 
 
 # -- waiting ------------------------------------------------------------------------------------------------------

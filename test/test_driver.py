@@ -83,7 +83,7 @@ class World:
     def neighbor_down(self, peer: bytes, author: bytes, reason: str) -> None:
         self.note("down", peer, reason)
 
-    def progress(self, by_any: int, by_all: int) -> None:
+    def progress(self, by_any: int, by_all: int, lost: int) -> None:
         self.note("progress", by_any, by_all)
 
     def equivocated(self, event: Any) -> None:

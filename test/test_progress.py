@@ -208,3 +208,17 @@ def test_a_neighbour_that_never_acknowledges_holds_up_all_but_not_any(seed: int)
     assert one.progress == Progress(100, 0)
     net.cut(one, puppet.peer)
     assert one.progress == Progress(100, 100)
+
+
+def test_what_leaves_the_window_before_anybody_came_is_lost(seed: int) -> None:
+    net = Network(seed, config=OverlayConfig(max_bytes=5_000))
+    one = net.add_peer()
+    for n in range(20):
+        net.publish(one, b"%04d" % n + bytes(996))
+    assert one.progress is not None
+    lost = one.progress.lost
+    assert 14 <= lost <= 17
+    other = net.add_peer()
+    net.discover(one, other)
+    assert net.run_until(lambda: one.progress == Progress(20, 20, lost), 5.0)
+    assert [int(message[:4]) for message in other.messages] == list(range(lost, 20))

@@ -158,10 +158,12 @@ class Progress(Action):
     Attributes:
         by_any: at least one neighbour has held everything up to this sequence.
         by_all: every present neighbour holds everything up to this sequence (0 without a neighbour).
+        lost: messages among them that left our window before anybody was known to hold them.
     """
 
     by_any: int
     by_all: int
+    lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)

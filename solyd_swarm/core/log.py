@@ -7,6 +7,7 @@ wall clock matters.
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from heapq import heapify, heappop, heappush
@@ -73,17 +74,26 @@ class Log:
         window: seconds that bodies are kept for.
         max_bytes: bytes of bodies kept; the oldest go first.
         ledger: numbers accepted in an earlier life.
+        on_drop: told of every envelope whose body leaves.
     """
 
-    def __init__(self, *, window: float = DEFAULT_WINDOW, max_bytes: int = DEFAULT_BYTES, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        window: float = DEFAULT_WINDOW,
+        max_bytes: int = DEFAULT_BYTES,
+        ledger: Ledger | None = None,
+        on_drop: Callable[[Envelope], None] = lambda envelope: None,
+    ) -> None:
         self.window = window
         self.max_bytes = max_bytes
         self.bytes = 0
+        self._on_drop = on_drop
         self.items = ItemSet()
         self.ledger = ledger or Ledger()
         self._records: dict[bytes, Record] = {}
         self._by_birth: list[tuple[float, bytes]] = []
-        self._bodies: list[tuple[float, bytes]] = []
+        self._bodies: list[tuple[float, int, bytes]] = []
         # Per author and epoch: (first, id) of what has a body, sorted, to find overlaps; and every id, to silence them.
         self._ranges: dict[tuple[bytes, int], list[tuple[int, bytes]]] = {}
         self._ids: dict[tuple[bytes, int], dict[bytes, None]] = {}
@@ -190,7 +200,7 @@ class Log:
     def expire(self, now: float) -> None:
         """Drops the bodies older than the window and the ids older than two."""
         while self._bodies and self._bodies[0][0] + self.window <= now:
-            self._drop_body(heappop(self._bodies)[1])
+            self._drop_body(heappop(self._bodies)[-1])
         while self._by_birth and self._by_birth[0][0] + 2 * self.window <= now:
             self._drop_oldest()
 
@@ -224,7 +234,7 @@ class Log:
             self._drop_oldest()
         size = record.bodies_size
         while self._bodies and self.bytes + size > self.max_bytes:
-            self._drop_body(heappop(self._bodies)[1])
+            self._drop_body(heappop(self._bodies)[-1])
         self._records[record.id] = record
         self.items.add(record.timestamp, record.id)
         if record.stream is not None:
@@ -240,9 +250,10 @@ class Log:
             heapify(self._by_birth)
             heapify(self._bodies)
 
-    def _body_entry(self, record: Record) -> tuple[float, bytes]:
+    def _body_entry(self, record: Record) -> tuple[float, int, bytes]:
+        first = record.envelope.first if record.envelope is not None else 0  # what was published in one burst goes in its order
         # A proof is kept for as long as its id: whoever has not heard of it yet needs it.
-        return (record.born if record.proof is None else record.born + self.window, record.id)
+        return (record.born if record.proof is None else record.born + self.window, first, record.id)
 
     def _remove(self, record: Record) -> None:
         self._drop_body(record.id)
@@ -274,4 +285,5 @@ class Log:
             del ranges[bisect_left(ranges, (record.envelope.first, id))]
             if not ranges:
                 del self._ranges[record.stream]
+            self._on_drop(record.envelope)
             record.envelope = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from solyd_swarm.core import wire
 from solyd_swarm.core.antientropy import AntiEntropy, AntiEntropyConfig
 from solyd_swarm.core.broadcast import Broadcast, BroadcastConfig
-from solyd_swarm.core.envelope import Signer, Verifier, seal, split_batch, verify_ed25519
+from solyd_swarm.core.envelope import Envelope, Signer, Verifier, seal, split_batch, verify_ed25519
 from solyd_swarm.core.events import (
     Action,
     Close,
@@ -97,7 +97,7 @@ class Overlay:
         self._sign = sign
         self._out: list[Action] = []
         self._links: dict[bytes, Link] = {}
-        self.log = Log(window=config.window, max_bytes=config.max_bytes, ledger=ledger)
+        self.log = Log(window=config.window, max_bytes=config.max_bytes, ledger=ledger, on_drop=self._dropped)
         self.sequencer = Sequencer(replay=config.replay, gap_wait=config.gap_wait, max_waiting=config.max_bytes)
         self.membership = Membership(me, self._links, self._out, rng, config.membership, self._neighbor_up, self._neighbor_down)
         active = self.membership.active
@@ -138,7 +138,8 @@ class Overlay:
         self._now = 0.0
         self._joined_at: float | None = None
         self._settle_at: float | None = None
-        self._progress = (0, 0)
+        self._progress = (0, 0, 0)
+        self._lost = 0  # our own messages that left the window before anybody held them
         self._held_by_gone = 0  # through which sequence some former neighbour held our own messages
         self._dirty = b""  # the link that frames came from: it may be owed an Ack
         self._scheduled: float | None = None
@@ -365,10 +366,15 @@ class Overlay:
                 self._out.append(Send(peer, wire.encode(wire.Ack(count))))
         self._dirty = b""
 
+    def _dropped(self, envelope: Envelope) -> None:
+        if (envelope.author, envelope.epoch) == (self.author, self.epoch):
+            held = [link.holds_through(self.published) for link in self.membership.active.values()]
+            self._lost += max(0, envelope.last - max(self._progress[0], self._held_by_gone, envelope.first - 1, *held))
+
     def _report_progress(self) -> None:
         active = self.membership.active
         held = [link.holds_through(self.published) for link in active.values()]
-        progress = (max(self._progress[0], self._held_by_gone, *held), min(held, default=0))
+        progress = (max(self._progress[0], self._held_by_gone, *held), min(held, default=0), self._lost)
         if progress != self._progress:
             self._progress = progress
             self._out.append(Progress(*progress))

@@ -62,7 +62,7 @@ class Sink(Protocol):
 
     def neighbor_down(self, peer: bytes, author: bytes, reason: str) -> None: ...
 
-    def progress(self, by_any: int, by_all: int) -> None: ...
+    def progress(self, by_any: int, by_all: int, lost: int) -> None: ...
 
     def equivocated(self, event: Equivocated) -> None: ...
 
@@ -107,7 +107,7 @@ class Driver:
             Close: self._close_peer,
             NeighborUp: self._neighbor_up,
             NeighborDown: self._neighbor_down,
-            Progress: lambda action: sink.progress(action.by_any, action.by_all),
+            Progress: lambda action: sink.progress(action.by_any, action.by_all, action.lost),
             Equivocated: sink.equivocated,
         }
 

@@ -9,10 +9,10 @@ from hashlib import blake2b
 
 import msgspec
 
-from ..core.envelope import Envelope
-from ..core.ledger import Ledger
-from ..errors import IdentityError
-from .identity import Identity
+from solyd_swarm.core.envelope import Envelope
+from solyd_swarm.core.ledger import Ledger
+from solyd_swarm.errors import IdentityError
+from solyd_swarm.store.identity import Identity
 
 log = logging.getLogger("solyd_swarm.store.memory")
 
