@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from types import TracebackType
@@ -17,11 +15,12 @@ from solyd_swarm.core.keys import derive_topic_key, format_author, format_messag
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.delivery import Delivery
 from solyd_swarm.emitter import MAX_CALLS, SwarmEmitter
-from solyd_swarm.errors import ForkedError, MessageTooLarge, PayloadError, SwarmBusy, SwarmLeft
+from solyd_swarm.errors import ForkedError, PayloadError, SwarmLeft
 from solyd_swarm.message import Batch, Message, Peer, Stats
 from solyd_swarm.net.driver import Driver
 from solyd_swarm.node import BaseNode
 from solyd_swarm.options import SwarmOptions
+from solyd_swarm.outbox import Outbox
 from solyd_swarm.pending import Pending
 from solyd_swarm.store.memory import Unread
 
@@ -53,29 +52,23 @@ class Swarm(SwarmEmitter):
         self._on_left = on_left
         self._topic_key = derive_topic_key(topic, options.secret_bytes)
         self._epoch = node.identity.next_epoch()
-        # Guards what publish() shares with the loop. Reentrant: collecting garbage may close an iterator anywhere, and a signal
-        # handler may publish.
-        self._state = threading.RLock()
-        self._id_prefix = format_message_id(node.identity.public_key, self._epoch, 0)[:-1]
-        self._sequence = 0
-        self._outgoing: list[bytes] = []  # the last messages published, up to `_sequence`
-        self._outgoing_bytes = 0
-        self._drain_scheduled = False
-        self._unaccepted: deque[tuple[int, int]] = deque()  # (last sequence, bytes) that no neighbour has acknowledged
-        self._unaccepted_bytes = 0
-        self._acked_by_any = 0
-        self._acked_by_all = 0
-        self._lost = 0  # of those counted as acknowledged
+        self._outbox = Outbox(
+            format_message_id(node.identity.public_key, self._epoch, 0)[:-1],
+            options,
+            has_peers=lambda: bool(self._peers),
+            call=self._home.call,
+            feed=self._feed,
+        )
         self._peers: dict[bytes, Peer] = {}
         self._was_joined = False
+        # Reentrant: collecting garbage may close an iterator anywhere.
+        self._state = threading.RLock()
         self._leaving = False
         self._leave_bounds = (ACK_WAIT, HANDLER_WAIT)
         self._callers: set[asyncio.Task[Any]] = set()  # tasks that asked us to leave, on the loop
         self._left_for_handlers: Pending[None] = Pending(self._is_own_thread)
         self._left: Pending[None] = Pending(self._is_own_thread)
         self._joins: list[Pending[None]] = []
-        self._flushes: list[tuple[int, Pending[None]]] = []
-        self._acks_changed = asyncio.Event()
         self._driver: Driver | None = None
         self._partly_read: dict[tuple[bytes, int], int] = {}  # in an earlier life, with the first number that was not
         self._remember: Callable[[], None] | None = None
@@ -129,9 +122,9 @@ class Swarm(SwarmEmitter):
         bytes_in, bytes_out = self._node.endpoint.traffic()
         return Stats(
             neighbors=len(self._peers),
-            published=self._sequence,
-            acknowledged=max(0, self._acked_by_any - self._lost),
-            lost=self._lost,
+            published=self._outbox.published,
+            acknowledged=self._outbox.acknowledged,
+            lost=self._outbox.lost,
             held=len(overlay_log) if overlay_log is not None else 0,
             held_bytes=overlay_log.bytes if overlay_log is not None else 0,
             bytes_in=bytes_in,
@@ -164,57 +157,11 @@ class Swarm(SwarmEmitter):
         """
         if self._leaving or lifetime.forked(self._home.birth):
             self._check_usable()
-        data = payload.encode(obj)
-        size = len(data)
-        if size > self._options.max_message_size:
-            raise MessageTooLarge(
-                f"the message is {size} bytes long when encoded, and max_message_size is {self._options.max_message_size}: "
-                "publish it in parts, or give pubsub() a larger max_message_size"
-            )
-        with self._state:
-            if self._leaving:
-                raise SwarmLeft("the swarm has left: publish before leave(), or make a new one with pubsub()")
-            if self._outgoing_bytes + self._unaccepted_bytes + size > self._options.publish_buffer:
-                self._check_room(size)
-            self._sequence = sequence = self._sequence + 1
-            self._outgoing.append(data)  # right after it: a signal handler that publishes cannot come between
-            self._outgoing_bytes += size
-            schedule, self._drain_scheduled = not self._drain_scheduled, True
-        if schedule:
-            self._home.call(self._drain)
-        return f"{self._id_prefix}{sequence}"
+        return self._outbox.add(payload.encode(obj))
 
-    def _check_room(self, size: int) -> None:
-        """Raises `SwarmBusy`. Alone, the window is the buffer: what does not fit drops its oldest."""
-        limit = self._options.publish_buffer if self._peers else max(self._options.publish_buffer, self._options.retain_bytes)
-        waiting = self._outgoing_bytes + (self._unaccepted_bytes if self._peers else 0)
-        if waiting and waiting + size > limit:
-            raise SwarmBusy(
-                f"{waiting} bytes published are not yet accepted by any neighbour, and the publish buffer holds {limit}: "
-                "wait for swarm.flush(), then try again"
-            )
-
-    def _drain(self) -> None:
-        """Hands what was published since the last turn to the core, as one batch."""
-        with self._state:
-            batch, self._outgoing = self._outgoing, []
-            size, self._outgoing_bytes = self._outgoing_bytes, 0
-            last = self._sequence
-            self._drain_scheduled = False
-            if batch:
-                self._note_unaccepted(last, size)
-        if batch and self._driver is not None:
-            self._driver.feed(Publish(last - len(batch) + 1, time.time_ns() // 1000, batch))
-
-    def _note_unaccepted(self, last: int, size: int) -> None:
-        """Keeps account of what no neighbour has; in a bounded number of entries, and no more of it than is kept."""
-        entries = self._unaccepted
-        self._unaccepted_bytes += size
-        if entries and entries[-1][1] + size <= self._options.publish_buffer // 64:
-            size += entries.pop()[1]
-        entries.append((last, size))
-        while len(entries) > 1 and self._unaccepted_bytes > max(self._options.publish_buffer, self._options.retain_bytes):
-            self._unaccepted_bytes -= entries.popleft()[1]
+    def _feed(self, batch: Publish) -> None:
+        if self._driver is not None:
+            self._driver.feed(batch)
 
     # -- waiting ----------------------------------------------------------------------------------------------
 
@@ -238,24 +185,14 @@ class Swarm(SwarmEmitter):
         """Done when what was published so far is acknowledged by every present neighbour, and by one at least."""
         self._check_usable()
         pending: Pending[None] = Pending(self._is_own_thread)
-        self._home.call(self._await_flush, self._sequence, pending)
+        self._home.call(self._await_flush, self._outbox.published, pending)
         return pending
 
     def _await_flush(self, sequence: int, pending: Pending[None]) -> None:
         if self._leave_task is not None:
             pending.set_exception(_left_error())
         else:
-            self._flushes.append((sequence, pending))
-            self._settle_flushes()
-
-    def _settle_flushes(self) -> None:
-        waiting = []
-        for sequence, pending in self._flushes:
-            if self._acked_by_any >= sequence and (not self._peers or self._acked_by_all >= sequence):
-                pending.set_result(None)
-            else:
-                waiting.append((sequence, pending))
-        self._flushes = waiting
+            self._outbox.flush(sequence, pending)
 
     def wait(self, timeout: float | None = None) -> None:
         """Blocks until the swarm has left. Raises ``TimeoutError`` after ``timeout`` seconds."""
@@ -290,6 +227,7 @@ class Swarm(SwarmEmitter):
             if self._leaving:
                 return
             self._leaving = True
+            self._outbox.close()
         self._home.call(self._start_leaving)
 
     def _start_leaving(self) -> None:
@@ -309,8 +247,8 @@ class Swarm(SwarmEmitter):
 
     async def _leave(self) -> None:
         """Every step may be taken twice: a loop that ends cancels this task too, and it begins again."""
-        self._drain()
-        await self._wait_for_acks(self._leave_bounds[0])
+        self._outbox.drain()
+        await self._outbox.wait_for_acks(self._leave_bounds[0])
         self._settle_all_waiting()
         if self._alone_timer is not None:
             self._alone_timer.cancel()
@@ -335,28 +273,20 @@ class Swarm(SwarmEmitter):
             # Our own loop ends with us, and cancels what runs.
             await asyncio.wait(callers, timeout=self._leave_bounds[1])
 
-    async def _wait_for_acks(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                while self._peers and self._acked_by_any < self._sequence:
-                    self._acks_changed.clear()
-                    await self._acks_changed.wait()
-        except TimeoutError:
-            log.debug("leaving before everything published was acknowledged")
-
     def _settle_all_waiting(self) -> None:
-        for pending in [*self._joins, *(pending for _, pending in self._flushes)]:
+        joins, self._joins = self._joins, []
+        for pending in joins:
             pending.set_exception(_left_error())
-        self._joins, self._flushes = [], []
+        self._outbox.give_up(_left_error())
 
     def _warn_of_unreceived(self) -> None:
-        missing = self._sequence - self._acked_by_any + self._lost
+        missing = self._outbox.published - self._outbox.acknowledged
         if missing and not self._delivery.ended:
             log.warning(
                 "left %r with %d of %d published messages that no other peer is known to have received",
                 self.topic,
                 missing,
-                self._sequence,
+                self._outbox.published,
             )
 
     async def _let_handlers_finish(self, closed: Pending[int]) -> None:
@@ -436,24 +366,19 @@ class Swarm(SwarmEmitter):
             return
         log.debug("neighbour down: %s: %s", old.id, reason)
         self._post("neighbor_down", old, reason)
-        self._settle_flushes()
+        self._outbox.settle()
         if not self._peers:
             self._enqueue(self._disconnected)
             self._node.look_again(self._topic_key)
 
     def progress(self, by_any: int, by_all: int, lost: int) -> None:
-        if lost and not self._lost:
+        if lost and not self._outbox.lost:
             log.warning(
                 "messages published on %r leave the window, and nobody is known to have received them (stats.lost counts them):"
                 " see that somebody is there, publish slower, or give pubsub() a larger retain or retain_bytes",
                 self.topic,
             )
-        self._acked_by_any, self._acked_by_all, self._lost = by_any, by_all, lost
-        with self._state:
-            while self._unaccepted and self._unaccepted[0][0] <= by_any:
-                self._unaccepted_bytes -= self._unaccepted.popleft()[1]
-        self._acks_changed.set()
-        self._settle_flushes()
+        self._outbox.progress(by_any, by_all, lost)
 
     def equivocated(self, event: Equivocated) -> None:
         author = format_author(event.author)

@@ -112,9 +112,9 @@ def publish_raw(swarm: Swarm, payload: bytes) -> None:
 
     def publish() -> None:
         assert swarm._driver is not None
-        swarm._drain()
-        swarm._sequence += 1
-        swarm._driver.feed(Publish(swarm._sequence, time.time_ns() // 1000, [payload]))
+        swarm._outbox.drain()
+        swarm._outbox.published += 1
+        swarm._driver.feed(Publish(swarm._outbox.published, time.time_ns() // 1000, [payload]))
 
     on_loop(swarm, publish)
 

@@ -691,7 +691,7 @@ async def test_messages_that_cannot_be_decoded(make: Make) -> None:
     await within(other.joined())
     assert other._driver is not None
     other._driver.feed(Publish(1, time.time_ns() // 1000, [b"\xc1"]))
-    other._sequence = 1
+    other._outbox.published = 1
     other.publish("readable")
     assert await received.wait() == ["readable"]
     (error,) = await errors.wait()

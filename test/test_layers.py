@@ -31,6 +31,7 @@ RANKS = {
     "ticket": 3,
     "message": 3,
     "inbox": 3,
+    "outbox": 3,
     "home": 3,
     "delivery": 3,
     "node": 4,
