@@ -15,10 +15,11 @@ from nacl.signing import SigningKey
 from solyd_swarm.core.events import Addresses, DialFailed, Event, LinkDown, LinkUp, Received
 from solyd_swarm.core.keys import derive_topic_key
 from solyd_swarm.net.bounds import EndpointLimits
-from solyd_swarm.net.channel import Channel, Limits
+from solyd_swarm.net.channel import Channel
 from solyd_swarm.net.connection import USE, Hello
 from solyd_swarm.net.endpoint import Endpoint
 from solyd_swarm.net.goals import Goal
+from solyd_swarm.net.limits import Limits
 from solyd_swarm.net.listen import bind
 from solyd_swarm.net.matching import Identity
 

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solyd_swarm.errors import RemoteProtocolError
-from solyd_swarm.net.channel import DEFAULT_LIMITS, Channel, Limits, _read_address
+from solyd_swarm.net.channel import Channel
+from solyd_swarm.net.limits import DEFAULT_LIMITS, Limits
 from solyd_swarm.net.noise import KEEPALIVE, MAX_FRAME, MAX_PLAINTEXT, FrameReader, NoiseSession, public_key
+from solyd_swarm.net.sockaddr import read_address
 
 ALICE, BOB = bytes(range(32)), bytes(range(32, 64))
 PATIENCE = 10.0
@@ -675,7 +677,7 @@ async def test_log_tells_the_life_of_a_channel_and_no_secret(caplog: pytest.LogC
     ],
 )
 def test_addresses(name: object, expected: tuple[str, int]) -> None:
-    assert _read_address(name) == expected
+    assert read_address(name) == expected
 
 
 class Memory(asyncio.Transport):

@@ -12,7 +12,8 @@ from endpoints import HALL, PATIENT, QUICK, ROOM, Host, black_hole, hosts, proxy
 
 from solyd_swarm.core.events import DialFailed
 from solyd_swarm.net import dialler
-from solyd_swarm.net.dialler import MAX_DIALS, socket_address
+from solyd_swarm.net.dialler import MAX_DIALS
+from solyd_swarm.net.sockaddr import socket_address
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from solyd_swarm.core.events import (
     Send,
     Tick,
 )
-from solyd_swarm.net.channel import HIGH_MARK, LOW_MARK
 from solyd_swarm.net.driver import Driver
+from solyd_swarm.net.limits import HIGH_MARK, LOW_MARK
 
 TOPIC = b"t" * 32
 A, B, C = (letter * 32 for letter in (b"a", b"b", b"c"))

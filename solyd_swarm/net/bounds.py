@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from solyd_swarm.net.channel import DEFAULT_LIMITS, Limits
 from solyd_swarm.net.connection import Connection
 from solyd_swarm.net.dialler import CONNECT_TIMEOUT
+from solyd_swarm.net.limits import DEFAULT_LIMITS, Limits
 
 STRANGER_FRAME = 64 * 1024
 """Longest frame of a peer with which no topic was ever shared: bounds what a stranger can make us buffer."""

@@ -5,14 +5,13 @@ The channel knows frames, not what they mean. It owns one timer and, while somet
 
 import asyncio
 import enum
-import ipaddress
 import logging
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from solyd_swarm.errors import RemoteProtocolError
+from solyd_swarm.net.limits import DEFAULT_LIMITS, Limits
 from solyd_swarm.net.noise import (
     KEEPALIVE,
     MAX_FRAME,
@@ -23,50 +22,14 @@ from solyd_swarm.net.noise import (
     FrameWriter,
     NoiseSession,
 )
+from solyd_swarm.net.sockaddr import read_address
 
 logger = logging.getLogger(__name__)
-
-HANDSHAKE_TIMEOUT = 5.0
-KEEPALIVE_INTERVAL = 3.0
-SILENCE_TIMEOUT = 10.0
-STALL_TIMEOUT = 30.0
-DRAIN_TIMEOUT = 0.5
-MAX_BACKLOG = 64 * 1024 * 1024
-HIGH_MARK = 1024 * 1024
-LOW_MARK = 256 * 1024
 
 _READ_BUFFER = 256 * 1024  # must hold one Noise message and its length; what is not used yet costs no memory
 _WRITE_BUFFER = 256 * 1024  # above it the transport pauses us, so that what waits does so in our queue, unsealed and countable
 _SEALED_AT_ONCE = 4 * MAX_PLAINTEXT
 _SEALED_PER_TURN = 16 * MAX_PLAINTEXT  # a fast peer must not keep the loop from everyone else
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """When a channel gives up, in seconds, and how much it queues, in bytes. Other values than these are for tests.
-
-    Attributes:
-        handshake: from the connection to the end of the handshake.
-        keepalive: nothing sent for so long: a keepalive is sent.
-        silence: nothing received for so long: the peer is gone. Longer than three keepalives.
-        stall: bytes wait and none has left for so long: the peer takes nothing.
-        drain: how long leaving may take.
-        backlog: more waits than this: the peer is too slow. This is what a peer that reads slowly can make us hold.
-        high_mark, low_mark: `ChannelOwner.channel_backlog` is called when the backlog rises above the one, then when it falls to
-            the other.
-    """
-
-    handshake: float = HANDSHAKE_TIMEOUT
-    keepalive: float = KEEPALIVE_INTERVAL
-    silence: float = SILENCE_TIMEOUT
-    stall: float = STALL_TIMEOUT
-    drain: float = DRAIN_TIMEOUT
-    backlog: int = MAX_BACKLOG
-    high_mark: int = HIGH_MARK
-    low_mark: int = LOW_MARK
-
-
-DEFAULT_LIMITS = Limits()
 
 
 class ChannelOwner(Protocol):
@@ -286,7 +249,7 @@ class Channel(asyncio.BufferedProtocol):
         if self._state is _State.CLOSED:  # aborted while it was dialled
             self._transport.abort()
             return
-        self.remote_address = _read_address(transport.get_extra_info("peername"))
+        self.remote_address = read_address(transport.get_extra_info("peername"))
         endpoint = transport.get_extra_info("socket")
         if endpoint is not None:
             endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -497,16 +460,3 @@ class Channel(asyncio.BufferedProtocol):
                 self._progress_at + self._limits.stall,
             )
         )
-
-
-def _read_address(name: Any) -> tuple[str, int]:
-    """Address and port from a socket's name, which for IPv6 has four parts."""
-    if not isinstance(name, tuple) or len(name) < 2:
-        return "", 0
-    address = ipaddress.ip_address(name[0])
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped), name[1]
-        if address.is_link_local and address.scope_id is None and len(name) > 3 and name[3]:
-            return f"{address}%{name[3]}", name[1]
-    return str(address), name[1]

@@ -14,8 +14,9 @@ from msgspec import Meta
 
 from solyd_swarm.core.events import Addresses, LinkUp, Received
 from solyd_swarm.errors import RemoteProtocolError
-from solyd_swarm.net.channel import LOW_MARK, Channel
+from solyd_swarm.net.channel import Channel
 from solyd_swarm.net.goals import Goal, Goals
+from solyd_swarm.net.limits import LOW_MARK
 from solyd_swarm.net.matching import TOPIC, Change, Identity, Matcher
 
 if TYPE_CHECKING:

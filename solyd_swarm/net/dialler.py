@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import socket
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from solyd_swarm.core.events import Addresses
 from solyd_swarm.net.channel import Channel
 from solyd_swarm.net.goals import Goal
+from solyd_swarm.net.sockaddr import socket_address
 
 log = logging.getLogger("solyd_swarm.net.dialler")
 
@@ -18,17 +18,6 @@ MAX_DIALS = 64
 """Candidates being dialled at once: bounds a source or peer that floods us with addresses. Beyond it a dial fails at once."""
 MAX_ATTEMPTS = 128
 """Addresses being tried at once, over all dials: bounds the sockets that candidates with many addresses take. Others wait."""
-
-
-def socket_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]:
-    """Family and socket address of an IP literal; an IPv6 zone becomes a scope id. Raises ``ValueError`` or ``OSError``."""
-    address, _, zone = host.partition("%")
-    if ipaddress.ip_address(address).version == 4:
-        return socket.AF_INET, (address, port)
-    scope = 0
-    if zone:
-        scope = int(zone) if zone.isdigit() else socket.if_nametoindex(zone)
-    return socket.AF_INET6, (address, port, 0, scope)
 
 
 Attempt = tuple[Channel, "asyncio.Future[bool]"]

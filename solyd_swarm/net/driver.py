@@ -24,7 +24,7 @@ from solyd_swarm.core.events import (
     Tick,
 )
 from solyd_swarm.core.overlay import Overlay
-from solyd_swarm.net.channel import HIGH_MARK
+from solyd_swarm.net.limits import HIGH_MARK
 
 log = logging.getLogger("solyd_swarm.net.driver")
 
