@@ -147,6 +147,27 @@ def test_with_one_neighbour_only_its_word_counts_after_a_while(seed: int) -> Non
     assert net.run_until(lambda: len(digests([one, joiner])) == 1, 60.0)
 
 
+def test_members_without_replay_do_not_hide_from_a_joiner_what_others_hold(seed: int) -> None:
+    """They know by id what they did not want, and say that it is gone."""
+    net = Network(seed)
+    old = net.add_peer()
+    for n in range(20):
+        net.publish(old, b"%d" % n)
+        net.run(0.01)
+    net.run(5.0)
+    fresh = [net.add_peer(config=OverlayConfig(replay=False)) for _ in range(4)]
+    for peer in fresh:
+        net.discover(peer, old)
+    assert net.run_until(lambda: len(digests([old, *fresh])) == 1, 70.0)
+    joiner = net.add_peer()
+    for peer in fresh:
+        net.discover(joiner, peer)
+    net.run(2.0)
+    net.discover(joiner, old)
+    assert net.run_until(lambda: len(joiner.messages) == 20, 10.0)
+    assert not any(peer.messages for peer in fresh)
+
+
 class Liar(Puppet):
     """Offers an id to a victim and answers every pull of it in its own way."""
 

@@ -113,6 +113,36 @@ def test_a_cut_link_is_replaced(seed: int) -> None:
     assert_healthy(net, [one, other])
 
 
+def test_requests_that_cross_are_both_granted_though_there_is_no_room(seed: int) -> None:
+    """Each side's yes is on its way already: a no would leave one of them with a neighbour that has it not."""
+    net = Network(seed)
+    peers = mesh(net, 8)
+    victim = next(peer for peer in peers if len(peer.overlay.neighbors) == SIZES.active_size)
+    puppet = Puppet(net)
+    puppet.connect(victim, join=False)
+    puppet.send(victim, wire.Neighbor(False))
+    net.run(0.1)
+    assert [reply.accepted for reply in puppet.heard_of(wire.NeighborReply)] == [False]
+    victim.overlay.membership.request(victim.overlay.link(puppet.peer.id), net.now, high=True)
+    puppet.send(victim, wire.Neighbor(False))
+    net.run(0.1)
+    assert [reply.accepted for reply in puppet.heard_of(wire.NeighborReply)] == [False, True]
+    assert puppet.peer.id in victim.overlay.neighbors
+    assert len(victim.overlay.neighbors) == SIZES.active_size
+
+
+def test_a_no_that_follows_a_yes_that_was_taken_back_counts(seed: int) -> None:
+    net = Network(seed)
+    peers = mesh(net, 3)
+    puppet = Puppet(net)
+    puppet.connect(peers[0])
+    assert puppet.peer.id in peers[0].overlay.neighbors
+    puppet.send(peers[0], wire.NeighborReply(False))
+    net.run(0.02)
+    assert puppet.peer.id not in peers[0].overlay.neighbors
+    assert peers[0].neighbor_downs[-1].reason == "has no room"
+
+
 def test_a_lost_neighbour_is_sought_among_candidates_without_an_instance_too(seed: int) -> None:
     net = Network(seed)
     one, other = star(net, 2)

@@ -162,7 +162,7 @@ def test_frames_of_every_type_with_arbitrary_contents(round: int, seed: int) -> 
     honest = {peer.overlay.author for peer in peers}
     assert net.run_until(lambda: all(count_of(peer, honest) == sent - peer.next_sequence + 1 for peer in peers), 60.0)
     assert net.run_until(lambda: not net.asymmetric(), 30.0)
-    net.run(1200.0)  # who says two things about its ages and epochs may leave members divided about itself, but not for longer
+    net.run(1300.0)  # who says two things about its ages and epochs may leave members divided about itself, but not for longer
     assert len(digests(peers)) == 1
     for peer in peers:
         assert not repeated(peer)

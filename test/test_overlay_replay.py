@@ -36,7 +36,7 @@ def published(net: Network, peer: Peer, payload: bytes) -> Envelope:
     """Publishes, and returns the envelope before anyone else has it."""
     net.publish(peer, payload)
     found = [record.envelope for _, id in peer.overlay.log.items if (record := peer.overlay.log.get(id)) is not None]
-    return next(envelope for envelope in found if envelope is not None and envelope.payloads == (payload,))
+    return next(envelope for envelope in found if envelope is not None and payload in envelope.body)
 
 
 def hand(net: Network, puppet: Puppet, peer: Peer, *frames: wire.Frame) -> None:

@@ -122,6 +122,7 @@ class SwarmMachine(RuleBasedStateMachine):
             for one in self.members:
                 for other in self.members:
                     net.cut(one, other)
+        self.publish(0, 1, 5)  # halves that know the same have no reason to become one
         for n, peer in enumerate(self.members):  # sources go on finding
             for other in self.members[:n]:
                 net.discover(peer, other)

@@ -46,7 +46,10 @@ _decoder = msgspec.msgpack.Decoder(_Signed)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Envelope:
-    """A decoded envelope. `time` is the author's clock, in microseconds since 1970; sequences run from `first` to `last`."""
+    """A decoded envelope. `time` is the author's clock, in microseconds since 1970; sequences run from `first` to `last`.
+
+    `payloads` is empty once they are `shed`; `count` then tells how many there were.
+    """
 
     id: bytes
     author: bytes
@@ -56,10 +59,15 @@ class Envelope:
     payloads: tuple[bytes, ...]
     body: bytes
     signature: bytes
+    count: int = 0
 
     @property
     def last(self) -> int:
-        return self.first + len(self.payloads) - 1
+        return self.first + (self.count or len(self.payloads)) - 1
+
+    def shed(self) -> "Envelope":
+        """The same without its payloads: whoever only passes it on has them in `body` already, and need not keep them twice."""
+        return Envelope(self.id, self.author, self.epoch, self.first, self.time, (), self.body, self.signature, len(self.payloads))
 
     @property
     def size(self) -> int:

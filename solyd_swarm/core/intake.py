@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from solyd_swarm.core.antientropy import AntiEntropy, check_proof
 from solyd_swarm.core.broadcast import Broadcast
-from solyd_swarm.core.envelope import Verifier, envelope_id, equivocate, equivocation_id, open_envelope
+from solyd_swarm.core.envelope import Envelope, Verifier, envelope_id, equivocate, equivocation_id, open_envelope
 from solyd_swarm.core.events import Action, Deliver, Equivocated, Send
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log, Outcome, Record
@@ -53,56 +53,55 @@ class Intake:
             link.note_received(id, True)
             self._broadcast.duplicate(link, now)
             return False
-        record = self._take(link, id, frame, now, pulled=False)
+        taken = self._take(link, id, frame, now, pulled=False)
         link.note_received(id, True)
-        if record is None:
+        if taken is None:
             return False
+        record, envelope = taken
         self._broadcast.accepted(link, record)
         self._broadcast.push(record, now, without=link.peer)
-        return self._deliver_on(record, link, now)
+        return self._deliver_on(envelope, link, now)
 
     def transfer(self, link: Link, frame: Transfer, now: float) -> bool:
         """What we pulled. Whether deadlines may have changed."""
         id = envelope_id(frame.body)
-        record = None if self._log.witnessed(id) else self._take(link, id, frame, now, pulled=True)
+        taken = None if self._log.witnessed(id) else self._take(link, id, frame, now, pulled=True)
         link.note_received(id, True)
         self._broadcast.fetched(id)
         review = False
-        if record is not None:
+        if taken is not None:
+            record, envelope = taken
             if self._sequencer.settled:
                 # Others may lack it too, and learn of it now rather than a digest period later; not so what a joiner catches up on.
                 self._broadcast.push(record, now, without=link.peer, lazily=True)
-            review = self._deliver_on(record, link, now)
+            review = self._deliver_on(envelope, link, now)
         # Answered only now: ending the round may begin delivery, which must see this envelope.
         return self._antientropy.pulls.answered(link, id, now) or review
 
-    def _take(self, link: Link, id: bytes, frame: Gossip | Transfer, now: float, *, pulled: bool) -> Record | None:
-        """Verifies an envelope and offers it to the log; the record where it is new, to be relayed and delivered."""
+    def _take(self, link: Link, id: bytes, frame: Gossip | Transfer, now: float, *, pulled: bool) -> tuple[Record, Envelope] | None:
+        """Verifies an envelope and offers it to the log; its record and itself where it is new, to be relayed and delivered."""
         envelope = open_envelope(self._topic_id, frame.body, frame.signature, self._verify, id=id)
         age = frame.age / 1000
         if age > self._accept_age(now):
             # Not wanted: published before we joined (without replay), or older than what we keep.
-            if not self._log.add_gone(id, envelope.time, age, now):
-                self._antientropy.pulls.refuse(link, id, now)
+            self._antientropy.pulls.said_gone(link, id, envelope.time, age, now)
             return None
         self._expected = self._log.ledger.expected(envelope.author, envelope.epoch)
         match self._log.add(envelope, age, min(frame.hops + 1, MAX_HOPS), now, pulled=pulled):
             case Outcome.ACCEPTED:
-                return self._log.get(id)
+                record = self._log.get(id)
+                return None if record is None else (record, envelope)
             case Outcome.EQUIVOCATION:
                 self._convicted(envelope.author, envelope.epoch, now)
-            case Outcome.REFUSED:
-                self._log.refuse(id)
-            case Outcome.EXPIRED:
+            case Outcome.STALE | Outcome.EXPIRED:
                 self._antientropy.pulls.refuse(link, id, now)
         return None
 
-    def _deliver_on(self, record: Record, link: Link, now: float) -> bool:
-        assert record.envelope is not None
+    def _deliver_on(self, envelope: Envelope, link: Link, now: float) -> bool:
         review = self._antientropy.traffic(now)
         had_gap = self._sequencer.has_gap
-        if record.envelope.author != self._author:
-            self.deliver(self._sequencer.accept(record.envelope, link.peer, self._expected, now))
+        if envelope.author != self._author:
+            self.deliver(self._sequencer.accept(envelope, link.peer, self._expected, now))
         if self._sequencer.has_gap and not had_gap:
             review = True
             if link.up:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from heapq import heapify, heappop, heappush
+from itertools import islice
 
 from solyd_swarm.core.envelope import Envelope, equivocate, equivocation_id
 from solyd_swarm.core.ledger import Ledger
@@ -25,13 +26,18 @@ MAX_DROPPED = 65_536
 """Ids that expired lately and are not taken back from a peer that still advertises them. The oldest go first."""
 
 
+AGE_SLACK = 2.0
+"""Seconds: ages leave out the time on the way."""
+
+
 class Outcome(Enum):
     """What became of an envelope that was offered to the log."""
 
     ACCEPTED = auto()
     """New: relay and deliver it."""
     STALE = auto()
-    """Said to be older than the window: its id is known now, its body neither kept nor delivered."""
+    """Said to be older than the window. Nothing but the sender's word says so, and a lie must not keep a fresh copy out: it is as
+    good as the word that its body is gone."""
     EXPIRED = auto()
     """Said to be so old that even its id is of no interest."""
     DUPLICATE = auto()
@@ -97,9 +103,10 @@ class Log:
         # Per author and epoch: (first, id) of what has a body, sorted, to find overlaps; and every id, to silence them.
         self._ranges: dict[tuple[bytes, int], list[tuple[int, bytes]]] = {}
         self._ids: dict[tuple[bytes, int], dict[bytes, None]] = {}
+        self._hearsay: dict[bytes, None] = {}
         self._dropped: OrderedDict[bytes, None] = OrderedDict()
         self._floor = float("-inf")
-        self.started = float("inf")
+        self.started = float("-inf")
         """When this life began, on the clock of `now`."""
 
     def __len__(self) -> int:
@@ -116,6 +123,10 @@ class Log:
         """As `holds`, but not on hearsay: a lie that a body is gone must not keep us from taking it of who has it."""
         record = self._records.get(id)
         return id in self._dropped if record is None else record.stream is not None
+
+    def hearsay(self, most: int) -> list[bytes]:
+        """Ids known as gone by hearsay only, at most so many, the latest first: somebody may have them yet."""
+        return list(islice(reversed(self._hearsay), most))
 
     def max_age(self, now: float) -> float:
         """Seconds of age beyond which we want no body."""
@@ -137,6 +148,7 @@ class Log:
             return Outcome.DUPLICATE
         born = now - age
         if envelope.id in self._dropped or self.ledger.is_silenced(*stream):
+            self.refuse(envelope.id)
             return Outcome.REFUSED
         if self._too_old(born, now):
             return Outcome.EXPIRED
@@ -145,18 +157,19 @@ class Log:
             return Outcome.EQUIVOCATION
         refused = self.ledger.refuses(*stream, envelope.first, envelope.last)
         # What an earlier life accepted is older than this life; past one window a replay cannot claim to be that any more.
-        if refused and not (pulled and now - self.started <= age < self.window):
+        earlier = refused and now - self.started - AGE_SLACK <= age < self.window
+        if refused and not (earlier and pulled):
+            if not earlier:
+                self.refuse(envelope.id)
             return Outcome.REFUSED
         if age >= self.window:
-            # As hearsay: nothing but the sender's word says so, and a lie must not keep a fresh copy out.
-            self.add_gone(envelope.id, envelope.time, age, now)
             return Outcome.STALE
         if record is not None:
             # So far known by hearsay only, as gone: now that it is here, what it says itself counts.
             self._remove(record)
         if not refused:
             self.ledger.mark(*stream, envelope.first, envelope.last)
-        self._insert(Record(envelope.id, envelope.time, born, hops, stream, envelope))
+        self._insert(Record(envelope.id, envelope.time, born, hops, stream, envelope.shed()))
         insort(self._ranges.setdefault(stream, []), (envelope.first, envelope.id))
         return Outcome.KNOWN if refused else Outcome.ACCEPTED
 
@@ -239,6 +252,8 @@ class Log:
         self.items.add(record.timestamp, record.id)
         if record.stream is not None:
             self._ids.setdefault(record.stream, {})[record.id] = None
+        else:
+            self._hearsay[record.id] = None
         heappush(self._by_birth, (record.born, record.id))
         if size:
             self.bytes += size
@@ -259,6 +274,7 @@ class Log:
         self._drop_body(record.id)
         del self._records[record.id]
         self.items.remove(record.timestamp, record.id)
+        self._hearsay.pop(record.id, None)
         if record.stream is not None:
             ids = self._ids[record.stream]
             del ids[record.id]

@@ -199,7 +199,8 @@ class Membership:
             self._approach(frame.peer, link.peer, now)
 
     def _answer(self, link: Link, frame: Neighbor) -> None:
-        if frame.high or link.peer in self.active or self.has_room:
+        # Requests that cross are both granted: each side has sent a yes that the other takes at its word.
+        if frame.high or link.peer in self.active or link.peer in self._requests or self.has_room:
             self._accept(link)
         else:
             self._send(link.peer, NeighborReply(False, self._others(link.peer)))
@@ -215,6 +216,8 @@ class Membership:
             # We gave up waiting, and it holds us for a neighbour: views stay symmetric.
             self._send(link.peer, Disconnect())
         else:
+            # The yes to an earlier request may have crossed the goodbye that took it back: it does not hold us.
+            self._drop(link, "has no room")
             self._remember(link.info, b"")
             if not self.active:
                 self._fill(now, avoid=link.peer)

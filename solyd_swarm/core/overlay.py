@@ -230,6 +230,7 @@ class Overlay:
         self.healing.neighbor_up(link.peer)
         self.broadcast.neighbor_up(link)
         link.covers_from(self.published)
+        self.antientropy.pulls.ask_again(link, self._now)
         if self._settle_at is None and not self.sequencer.settled:
             self._settle_at = self._now + SETTLE_TIMEOUT
         # One of the two opens the first round; both would only do the work twice. A round that ended before we published more, or

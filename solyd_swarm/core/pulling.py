@@ -1,7 +1,8 @@
 """Pulling: fetching from a peer what a digest round, or an offer of its own, showed it to hold and us to lack.
 
 Each id is asked of one peer at a time. No answer of one peer keeps us from asking another: not that it has never heard of the
-id, not silence, and that a body is gone is believed only when it was said twice, by two peers or by one after a while.
+id, not silence, and that a body is gone is believed only when it was said twice, by two peers or by one after a while. Even then
+all other neighbours are asked, and new ones, for what we would still want: members without replay have no bodies of what others hold.
 """
 
 from collections import OrderedDict
@@ -113,7 +114,7 @@ class Puller:
         queue = self._queue(link)
         due = now if soon else now + self.config.pull_grace
         for id in ids:
-            if self._log.holds(id) or id in queue.asked:
+            if self._log.witnessed(id) or id in queue.asked:
                 continue
             if id in queue.refused or len(queue.todo) >= MAX_QUEUE:
                 queue.complete = queue.complete and id in queue.refused and not queue.refused[id][1]
@@ -140,7 +141,7 @@ class Puller:
             if due > now or len(queue.asked) >= self.config.pull_batch:
                 break
             del queue.todo[id]
-            if self._log.holds(id):
+            if self._log.witnessed(id):
                 continue
             if id in self._pulling:
                 queue.todo[id] = now + self.config.pull_grace  # another peer was asked; should it fail, this one is
@@ -183,15 +184,29 @@ class Puller:
             return
         link.excuse(frame.id)
         if frame.known:
-            (first, at) = self._hearsay.setdefault(frame.id, (link.peer, now))
-            if first != link.peer or now >= at + self.config.refused_ttl:
-                del self._hearsay[frame.id]
-                self._log.add_gone(frame.id, frame.timestamp, frame.age / 1000, now)
-            elif len(self._hearsay) > MAX_HEARSAY:
-                self._hearsay.popitem(last=False)
-        if not self._log.holds(frame.id):
+            self.said_gone(link, frame.id, frame.timestamp, frame.age / 1000, now)
+        else:
             self.refuse(link, frame.id, now)
         self.answered(link, frame.id, now)
+
+    def said_gone(self, link: Link, id: bytes, timestamp: int, age: float, now: float) -> None:
+        """The peer says that there is no body, or none young enough. `age` in seconds."""
+        self.refuse(link, id, now)
+        first, at = self._hearsay.setdefault(id, (link.peer, now))
+        if first == link.peer and now < at + self.config.refused_ttl:
+            if len(self._hearsay) > MAX_HEARSAY:
+                self._hearsay.popitem(last=False)
+            return
+        del self._hearsay[id]
+        if self._log.add_gone(id, timestamp, age, now) and age <= self._accept_age(now):
+            # It is in our digest from now on: no round will show any more that we lack the body.
+            for other in self._links.values():
+                if other.up and other is not link:
+                    self.enqueue(other, [id], now, soon=False)
+
+    def ask_again(self, link: Link, now: float) -> None:
+        """A new neighbour may have what others said is gone."""
+        self.enqueue(link, self._log.hearsay(MAX_BATCH), now, soon=False)
 
     # -- answering --------------------------------------------------------------------------------------------
 
