@@ -73,7 +73,8 @@ def test_a_large_difference_is_settled_in_one_conversation(seed: int) -> None:
     net.run(5.0)
     assert len(one.messages) == len(other.messages) == 3000
     assert len(digests([one, other])) == 1
-    assert meter.frames["Transfer"] == 6000
+    # A Have of a round that crosses a Pull reads like "ask again": a few are then sent twice.
+    assert 6000 <= meter.frames["Transfer"] <= 6200
     assert meter.frames["Reconcile"] < 60
 
 

@@ -216,6 +216,10 @@ class AntiEntropy:
         link.synced(through, equal=equal)
         if equal:
             link.caught_up()
+            # Only equality makes rounds rarer: one that found a difference, or was lost on the way, is followed by another soon.
+            self._interval = min(self._interval * 1.5, self.config.digest_interval_max)
+        else:
+            self._interval = self.config.digest_interval
         session.settled = True
         self._on_settled(link, equal, now)
 
@@ -237,7 +241,6 @@ class AntiEntropy:
             self._next_digest = now + self._interval
         elif self._next_digest <= now:
             self.open_round(self._active[self._rng.choice(list(self._active))])
-            self._interval = min(self._interval * 1.5, self.config.digest_interval_max)
             self._next_digest = now + self._interval * (0.75 + self._rng.random() / 2)
         if self._next_digest is not None:
             times.append(self._next_digest)

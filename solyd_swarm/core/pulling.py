@@ -39,6 +39,8 @@ class AntiEntropyConfig:
     frame_size_limit: int = 60_000
     # What a peer did not give is not asked of it again for this long.
     refused_ttl: float = 30.0
+    # Silence may only mean that it is overloaded, or that the answer was lost: others get their turn, then it is asked again.
+    silent_ttl: float = 2.0
 
 
 class _Queue:
@@ -173,7 +175,7 @@ class Puller:
     def refuse(self, link: Link, id: bytes, now: float, *, silent: bool = False) -> None:
         """Not to be asked of this peer again for a while."""
         refused = self._queue(link).refused
-        refused[id] = (now + self.config.refused_ttl, silent)
+        refused[id] = (now + (self.config.silent_ttl if silent else self.config.refused_ttl), silent)
         refused.move_to_end(id)
         if len(refused) > MAX_REFUSED:
             refused.popitem(last=False)
