@@ -43,9 +43,10 @@ def test_equal_and_idle_members_exchange_next_to_nothing(seed: int) -> None:
     meter = Meter(net)
     net.run(100.0)
     assert meter.frames.keys() <= {"Summary", "InSync"}
-    assert 10 * 100 / 15 <= meter.frames["Summary"] <= 10 * 100 / 7
+    healing = 10 * 100 / 15  # each member compares with somebody outside its view, too
+    assert 10 * 100 / 15 <= meter.frames["Summary"] <= 10 * 100 / 7 + healing
     assert abs(meter.frames["Summary"] - meter.frames["InSync"]) <= 3  # some are on their way
-    assert meter.bytes <= 10 * 100 / 7 * 60
+    assert meter.bytes <= (10 * 100 / 7 + healing) * 60
 
 
 def test_rounds_come_often_while_traffic_flows_and_seldom_afterwards(seed: int) -> None:

@@ -35,7 +35,7 @@ def test_everything_is_delivered_to_all_exactly_once(count: int, loss: float, se
     net.loss = loss
     sent = published_by_all(net, peers, rounds=5 if count < 30 else 2, pause=0.02)
     complete = lambda: all(len(peer.messages) == sum(map(len, sent.values())) - len(sent[peer]) for peer in peers)  # noqa: E731
-    assert net.run_until(complete, 5.0 if not loss else 1000.0)
+    assert net.run_until(complete, 5.0 if not loss else 400.0)
     net.run(1.0)
     assert_all_have_all(peers, sent)
     if not loss:

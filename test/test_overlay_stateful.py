@@ -18,13 +18,16 @@ pick = st.integers(0, 2**16)
 class SwarmMachine(RuleBasedStateMachine):
     """Joins, leaves, crashes, restarts, cuts, loss, duplication, publishing, hostile frames, and time."""
 
-    @initialize(seed=st.integers(0, 2**32), count=st.integers(2, 6))
-    def start(self, seed: int, count: int) -> None:
+    @initialize(seed=st.integers(0, 2**32), count=st.integers(2, 6), may_forget=st.integers(0, 3).map(lambda n: n == 3))
+    def start(self, seed: int, count: int, may_forget: bool) -> None:
+        self.may_forget = may_forget
         self.net = Network(seed)
         self.published: dict[Peer, list[bytes]] = {}
         self.restarted: set[Peer] = set()
         self.puppet: Puppet | None = None
         self.lossy = False
+        # Members without replay keep no bodies of what came before them: who has no other neighbours cannot get those.
+        self.forgetful = False
         self.messages = 0
         for _ in range(count):
             self.join(0, True)
@@ -44,12 +47,13 @@ class SwarmMachine(RuleBasedStateMachine):
         if known:
             self.net.discover(peer, known[n % len(known)], tell_instance=tell_instance)
 
-    @precondition(lambda self: len(self.members) < MOST)
+    @precondition(lambda self: self.may_forget and len(self.members) < MOST)
     @rule(n=pick)
     def join_without_replay(self, n: int) -> None:
         known = self.member(n)
         peer = self.net.add_peer(config=OverlayConfig(replay=False))
         self.restarted.add(peer)
+        self.forgetful = True
         self.net.discover(peer, known)
 
     @precondition(lambda self: len(self.members) > 2)
@@ -144,7 +148,7 @@ class SwarmMachine(RuleBasedStateMachine):
             assert not any(each.author in authors for each in peer.equivocations)
             if not self.lossy:
                 assert all(self.puppet is not None and close.peer == self.puppet.peer.id for close in peer.closed)
-        for peer in set(members) - self.restarted:
+        for peer in set(members) - self.restarted if not self.forgetful else ():
             for author in members:
                 if author is not peer and author not in self.restarted:
                     missing = set(self.published.get(author, [])) - set(peer.messages)

@@ -1,6 +1,7 @@
 """Candidates that sources found, and healing: two halves that formed apart become one swarm.
 
-Each member tries one candidate outside its views now and then, compares digests with it, and keeps it when they differ.
+Each member tries one candidate outside its views now and then (without one, someone of its passive view), compares digests with
+it, and keeps it when they differ.
 """
 
 import random
@@ -78,10 +79,10 @@ class Healing:
         linked = (address for link in self._links.values() for address in (*link.info.addresses, *link.dialled))
         return not set(addresses).isdisjoint(linked)
 
-    def _dial(self, key: Key, instance: bytes, addresses: Addresses, now: float) -> None:
+    def _dial(self, key: Key, instance: bytes, addresses: Addresses, now: float, via: bytes = b"") -> None:
         self._dialled = {other: until for other, until in self._dialled.items() if until > now}
         self._dialled[key] = now + self._patience
-        self._out.append(Dial(instance, addresses))
+        self._out.append(Dial(instance, addresses, via))
 
     def dial_failed(self, event: DialFailed) -> None:
         """Nobody there."""
@@ -150,6 +151,7 @@ class Healing:
             if instance not in active and (instance or not self._is_linked(instance, addresses))
         ]
         if not outside:
+            self._try_passive(now)
             return
         # Whoever was never tried comes first: it may be of a half that we have not heard of.
         untried = [key for key in outside if key not in self._tried]
@@ -163,3 +165,12 @@ class Healing:
         else:
             self._probes[key] = now + self._interval
             self._dial(key, instance, addresses, now)
+
+    def _try_passive(self, now: float) -> None:
+        """Nobody discovered is left to try: then someone of the passive view, lest two halves whose views are full part for good."""
+        passive = self._membership.passive
+        strangers = [peer for peer, (info, _) in passive.items() if peer not in self._links and info.addresses]
+        if strangers:
+            info, via = passive[self._rng.choice(strangers)]
+            self._probes[info.instance] = now + self._interval
+            self._dial(info.instance, info.instance, info.addresses, now, via)
