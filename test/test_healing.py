@@ -57,7 +57,8 @@ def test_a_candidate_that_differs_is_kept_and_one_that_does_not_is_let_go(seed: 
     outsider = net.add_peer()
     net.publish(outsider, b"news")
     net.discover(near, outsider)
-    assert net.run_until(lambda: outsider.id in near.overlay.neighbors, 45.0)
+    # By this candidate, or by another member that heard of it from this one and was quicker.
+    assert net.run_until(lambda: bool(outsider.overlay.neighbors) and len(digests([outsider, *peers])) == 1, 45.0)
 
 
 def test_a_candidate_without_an_instance_that_is_a_neighbour_already_is_left_alone(seed: int) -> None:
