@@ -9,6 +9,7 @@ import difflib
 import inspect
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -87,7 +88,7 @@ class CoroutineWorker:
                 self._start()
 
 
-class SwarmEmitter(EventEmitter):
+class SwarmEmitter(EventEmitter, ABC):
     """The emitter of a swarm. Handlers are called by `emit`, on the thread that calls it."""
 
     def __init__(self) -> None:
@@ -100,21 +101,25 @@ class SwarmEmitter(EventEmitter):
 
     # What a swarm provides.
 
+    @abstractmethod
     def _call_on_loop(self, function: Callable[..., object], *args: Any) -> None:
-        raise NotImplementedError
+        """Has a function called on the loop, from any thread."""
 
+    @abstractmethod
     def _report_error(self, error: BaseException) -> None:
-        raise NotImplementedError
+        """A handler raised."""
 
+    @abstractmethod
     def _lagged(self, count: int) -> None:
-        raise NotImplementedError
+        """Calls of a coroutine handler were dropped."""
 
+    @abstractmethod
     def _listener_added(self, event: str) -> None:
-        raise NotImplementedError
+        """An event has one handler more."""
 
+    @abstractmethod
     def _drained(self) -> None:
         """On the loop: a coroutine handler is not behind any more."""
-        raise NotImplementedError
 
     # What pyee calls.
 
