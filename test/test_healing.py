@@ -42,6 +42,19 @@ def test_one_that_is_told_of_the_other_half_is_enough(seed: int) -> None:
     assert net.run_until(lambda: len(digests([*one, *other])) == 1, 60.0)
 
 
+def test_a_candidate_that_has_no_room_for_us_is_no_less_one(seed: int) -> None:
+    """We have room, it has none: refused at first, it is compared with, and kept since it differs."""
+    net = Network(seed)
+    few, many = star(net, 2), star(net, 12)
+    net.run(5.0)
+    net.publish(many[0], b"of the many")
+    net.run(2.0)
+    full = [peer for peer in many if len(peer.overlay.neighbors) == 5]
+    net.discover(few[0], full[0], tell_instance=bool(seed % 2))
+    assert net.run_until(lambda: few[1].messages == [b"of the many"], 60.0)
+    assert net.run_until(net.graph_is_connected, 5.0)
+
+
 def test_a_candidate_that_differs_is_kept_and_one_that_does_not_is_let_go(seed: int) -> None:
     net = Network(seed)
     peers = mesh(net, 20, settle=20.0)

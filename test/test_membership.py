@@ -236,8 +236,9 @@ def test_a_hostile_neighbour_cannot_fill_a_passive_view(seed: int) -> None:
     for n in range(300):
         batch = [made_up(n * MAX_PEERS + k) for k in range(MAX_PEERS)]
         puppet.send(victim, wire.ShuffleReply(victim.id, batch), wire.Shuffle(made_up(n), 1, batch))
-        puppet.send(victim, wire.NeighborReply(False, batch))
+        puppet.send(victim, wire.NeighborReply(True, batch))
     net.run(0.5)
+    assert puppet.peer.id in victim.overlay.neighbors
     passive = victim.overlay.membership.passive
     assert len(passive) <= SIZES.passive_size
     assert before >= 10

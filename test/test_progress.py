@@ -1,7 +1,7 @@
 """What is said of our messages: acknowledged means held, by every neighbour or by one; and when all is quiet it is all."""
 
 import pytest
-from simulated import Puppet, mesh, repeated, star
+from simulated import Puppet, gossip, mesh, repeated, star
 
 from solyd_swarm.core import wire
 from solyd_swarm.core.antientropy import AntiEntropyConfig
@@ -117,6 +117,22 @@ def test_what_was_announced_and_came_another_way_is_acknowledged_at_once(seed: i
     one.overlay.neighbors[third.id].eager = third.overlay.neighbors[other.id].eager = True
     net.publish(one, b"over the third")
     assert net.run_until(lambda: reached(one), 0.12)
+
+
+def test_an_announcement_is_acknowledged_when_the_body_comes_over_another_link(seed: int) -> None:
+    quiet = OverlayConfig(antientropy=AntiEntropyConfig(digest_interval=100.0, digest_interval_max=100.0))
+    net = Network(seed, config=quiet)
+    one = net.add_peer()
+    first, second = Puppet(net, "first"), Puppet(net, "second")
+    first.connect(one)
+    second.connect(one)
+    envelope = second.seal(1, b"announced by one, brought by the other")
+    first.send(one, wire.Ihave([envelope.id], [0]))
+    net.run(0.05)
+    assert not first.heard_of(wire.Ack)
+    second.send(one, gossip(envelope))
+    net.run(0.05)
+    assert [ack.count for ack in first.heard_of(wire.Ack)] == [1]
 
 
 def test_progress_goes_on_when_new_neighbours_join(seed: int) -> None:
