@@ -157,6 +157,16 @@ def test_a_drained_neighbour_is_pushed_to_again_only_if_it_asks(seed: int) -> No
     assert all(len(peer.messages) == 22 for peer in peers[1:])
 
 
+def test_congestion_that_has_passed_makes_no_lazy_link_eager(seed: int) -> None:
+    net = Network(seed)
+    one, other = star(net, 2)
+    net.run(2.0)
+    one.overlay.neighbors[other.id].eager = False
+    net.feed(one, Congested(other.id))
+    net.feed(one, Drained(other.id))
+    assert not one.overlay.neighbors[other.id].eager
+
+
 def test_a_link_is_not_congested_for_ever(seed: int) -> None:
     """Congestion belongs to a neighbour: one that comes back over the same link starts afresh, as its driver does."""
     net = Network(seed)
