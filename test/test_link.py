@@ -16,6 +16,10 @@ def make_link() -> Link:
     return Link(PeerInfo(b"p" * 32), b"a" * 32, initiated=True)
 
 
+def anything(id: bytes) -> bool:
+    return True
+
+
 def id_of(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
@@ -41,7 +45,7 @@ class LinkMachine(RuleBasedStateMachine):
     def cross(self, number: int, *, owed: bool = False) -> None:
         self.near.note_sent(number if number <= self.published else 0, owed=owed)
         self.sent.append(id_of(number))
-        self.far.note_received(id_of(number), id_of(number) in self.held)
+        self.far.note_received(id_of(number), id_of(number) in self.held, matters=number <= self.published)
 
     @rule(data=st.data(), with_body=st.booleans(), owed=st.booleans())
     def send(self, data: st.DataObject, with_body: bool, owed: bool) -> None:
@@ -60,7 +64,7 @@ class LinkMachine(RuleBasedStateMachine):
 
     @rule()
     def acknowledge(self) -> None:
-        count = self.far.acknowledge(self.held.__contains__)
+        count = self.far.acknowledge(self.held.__contains__, lambda id: id in map(id_of, range(1, self.published + 1)))
         if count is not None:
             assert all(id in self.held for id in self.sent[:count])
             self.acks.append(count)
@@ -109,14 +113,14 @@ def test_the_longest_run_held_from_the_start_is_acknowledged(held: list[bool], s
     for n, is_held in enumerate(held):
         link.note_received(id_of(n), is_held)
     run = held.index(False) if False in held else len(held)
-    assert link.acknowledge(holds.__contains__) == (run or None)
-    assert link.acknowledge(holds.__contains__) is None
+    assert link.acknowledge(holds.__contains__, anything) == (run or None)
+    assert link.acknowledge(holds.__contains__, anything) is None
     missing = [id_of(n) for n, is_held in enumerate(held) if not is_held]
     random.Random(seed).shuffle(missing)
     counts = []
     for id in missing:
         holds.add(id)
-        counts.append(link.acknowledge(holds.__contains__))
+        counts.append(link.acknowledge(holds.__contains__, anything))
     grown = [count for count in counts if count is not None]
     assert grown == sorted(set(grown))
     assert not missing or grown[-1] == len(held)
@@ -156,9 +160,9 @@ def test_a_peer_that_announces_without_end_is_bounded_and_acknowledged_by_the_ne
     for n in range(100):
         link.note_received(id_of(n), False)
     assert link.overflow
-    assert link.acknowledge(lambda id: True) is None  # not even the first ten, as the rest is unknown
+    assert link.acknowledge(anything, anything) is None  # not even the first ten, as the rest is unknown
     link.caught_up()
-    assert link.acknowledge(lambda id: True) == 100
+    assert link.acknowledge(anything, anything) == 100
 
 
 def test_a_peer_that_never_acknowledges_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

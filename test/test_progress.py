@@ -126,13 +126,28 @@ def test_an_announcement_is_acknowledged_when_the_body_comes_over_another_link(s
     first, second = Puppet(net, "first"), Puppet(net, "second")
     first.connect(one)
     second.connect(one)
-    envelope = second.seal(1, b"announced by one, brought by the other")
+    envelope = first.seal(1, b"announced by one, brought by the other")
     first.send(one, wire.Ihave([envelope.id], [0]))
     net.run(0.05)
     assert not first.heard_of(wire.Ack)
     second.send(one, gossip(envelope))
     net.run(0.05)
     assert [ack.count for ack in first.heard_of(wire.Ack)] == [1]
+    assert not second.heard_of(wire.Ack)  # it only passed on what another has published: it waits for no word of it
+
+
+def test_what_others_published_is_counted_but_not_acknowledged_by_itself(seed: int) -> None:
+    net = Network(seed)
+    one = net.add_peer()
+    puppet = Puppet(net)
+    puppet.connect(one)
+    foreign = Puppet(net, "author elsewhere").seal(1, b"of another")
+    puppet.send(one, gossip(foreign))
+    net.run(0.1)
+    assert not puppet.heard_of(wire.Ack)
+    puppet.send(one, gossip(puppet.seal(1, b"its own")))
+    net.run(0.1)
+    assert [ack.count for ack in puppet.heard_of(wire.Ack)] == [2]
 
 
 def test_progress_goes_on_when_new_neighbours_join(seed: int) -> None:

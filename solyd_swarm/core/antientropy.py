@@ -188,7 +188,7 @@ class AntiEntropy:
 
     def _offered(self, link: Link, frame: Have, now: float) -> None:
         for id in frame.ids:
-            link.note_received(id, self._log.holds(id))
+            link.note_received(id, self._log.holds(id), matters=self._log.may_be_by(id, link.author))
         self.pulls.offered(link, frame.ids, now, soon=not self._session(link).settled)
         self.pulls.pull_on(link, now)
 

@@ -172,7 +172,7 @@ class Broadcast:
             raise RemoteProtocolError("an announcement with more ids than hops, or fewer")
         for id, hops in zip(frame.ids, frame.hops, strict=True):
             held = self._log.witnessed(id)
-            link.note_received(id, held)
+            link.note_received(id, held, matters=self._log.may_be_by(id, link.author))
             if held:
                 continue
             missing = self._missing.get(id)

@@ -50,11 +50,11 @@ class Intake:
         """An eager push. Whether deadlines may have changed."""
         id = envelope_id(frame.body)
         if self._log.witnessed(id):
-            link.note_received(id, True)
+            link.note_received(id, True, matters=self._log.may_be_by(id, link.author))
             self._broadcast.duplicate(link, now)
             return False
         taken = self._take(link, id, frame, now, pulled=False)
-        link.note_received(id, True)
+        link.note_received(id, True, matters=taken is None or taken[1].author == link.author)
         if taken is None:
             return False
         record, envelope = taken
@@ -66,7 +66,7 @@ class Intake:
         """What we pulled. Whether deadlines may have changed."""
         id = envelope_id(frame.body)
         taken = None if self._log.witnessed(id) else self._take(link, id, frame, now, pulled=True)
-        link.note_received(id, True)
+        link.note_received(id, True, matters=self._log.may_be_by(id, link.author))
         self._broadcast.fetched(id)
         review = False
         if taken is not None:

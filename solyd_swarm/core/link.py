@@ -31,6 +31,7 @@ class Link:
         "_strict",
         "_synced_to",
         "_unheld",
+        "_wanted",
         "acked_count",
         "author",
         "congested",
@@ -64,6 +65,7 @@ class Link:
         self.overflow = False
         self._pending: deque[tuple[int, bytes]] = deque()
         self._excused: set[bytes] = set()  # announced ids that the peer itself said it cannot give
+        self._wanted = 0  # the highest of their numbers whose acknowledgement the peer waits for
         # Outbound: ids sent, and of our own envelopes among them (number, first sequence).
         self.sent = 0
         self._own: deque[tuple[int, int]] = deque()
@@ -81,9 +83,15 @@ class Link:
         """Whether there are ids to be acknowledged once we hold them."""
         return bool(self._pending)
 
-    def note_received(self, id: bytes, held: bool) -> None:
-        """Counts an id that arrived."""
+    def note_received(self, id: bytes, held: bool, *, matters: bool = True) -> None:
+        """Counts an id that arrived.
+
+        Args:
+            matters: it may be of the peer's own making. Nobody waits to hear that we hold what others have published.
+        """
         self.received += 1
+        if held and matters:
+            self._wanted = self.received
         if held or self.overflow:
             return
         if len(self._pending) >= MAX_PENDING:
@@ -102,15 +110,18 @@ class Link:
         if len(self._excused) < len(self._pending):
             self._excused.add(id)
 
-    def acknowledge(self, holds: Callable[[bytes], bool]) -> int | None:
-        """The count to acknowledge now, or None where it has not grown."""
+    def acknowledge(self, holds: Callable[[bytes], bool], matters: Callable[[bytes], bool]) -> int | None:
+        """The count to acknowledge now, or None where it has not grown by anything that `matters`."""
         pending = self._pending
         while pending and (pending[0][1] in self._excused or holds(pending[0][1])):
-            self._excused.discard(pending.popleft()[1])
+            number, id = pending.popleft()
+            self._excused.discard(id)
+            if matters(id):
+                self._wanted = max(self._wanted, number)
         if self.overflow and not pending:
             return None
         count = pending[0][0] - 1 if pending else self.received
-        if count <= self.acked_count:
+        if count <= self.acked_count or self._wanted <= self.acked_count:
             return None
         self.acked_count = count
         return count

@@ -106,6 +106,8 @@ class Log:
         self._hearsay: dict[bytes, None] = {}
         self._dropped: OrderedDict[bytes, None] = OrderedDict()
         self._floor = float("-inf")
+        self.changes = 0
+        """Counts what `holds` came to say of ever more ids."""
         self.started = float("-inf")
         """When this life began, on the clock of `now`."""
 
@@ -123,6 +125,11 @@ class Log:
         """As `holds`, but not on hearsay: a lie that a body is gone must not keep us from taking it of who has it."""
         record = self._records.get(id)
         return id in self._dropped if record is None else record.stream is not None
+
+    def may_be_by(self, id: bytes, author: bytes) -> bool:
+        """Whether an id is of this author, as far as we know: False only if it is known to be of another."""
+        record = self._records.get(id)
+        return record is None or record.stream is None or record.stream[0] == author
 
     def hearsay(self, most: int) -> list[bytes]:
         """Ids known as gone by hearsay only, at most so many, the latest first: somebody may have them yet."""
@@ -183,6 +190,7 @@ class Log:
     def refuse(self, id: bytes) -> None:
         """Remembers that this id is not to be asked for again."""
         self._dropped[id] = None
+        self.changes += 1
         if len(self._dropped) > MAX_DROPPED:
             self._dropped.popitem(last=False)
 
@@ -249,6 +257,7 @@ class Log:
         while self._bodies and self.bytes + size > self.max_bytes:
             self._drop_body(heappop(self._bodies)[-1])
         self._records[record.id] = record
+        self.changes += 1
         self.items.add(record.timestamp, record.id)
         if record.stream is not None:
             self._ids.setdefault(record.stream, {})[record.id] = None

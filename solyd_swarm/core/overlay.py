@@ -141,8 +141,10 @@ class Overlay:
         self._progress = (0, 0, 0)
         self._lost = 0  # our own messages that left the window before anybody held them
         self._held_by_gone = 0  # through which sequence some former neighbour held our own messages
+        self._changes = 0  # what the log counted when we last looked for what can be acknowledged
         self._dirty = b""  # the link that frames came from: it may be owed an Ack
         self._scheduled: float | None = None
+        self._next_review = 0.0  # when the next of the deadlines is due, other than those of the broadcast
         self._review = True  # whether deadlines may have changed, other than those of the broadcast
         self.closed = False
 
@@ -330,42 +332,44 @@ class Overlay:
     def _flush(self, event: Event, now: float) -> None:
         """What is due, what is owed, and when to be called next."""
         self._acknowledge()
-        times = [self.broadcast.tick(now)]
-        # Looking at every deadline for every envelope would cost more than the envelope.
-        if self._review or self._scheduled is None or self._scheduled <= now or not isinstance(event, Received | Publish):
+        due = self.broadcast.tick(now)
+        # Looking at every deadline for every envelope, or for every announcement, would cost more than the envelope.
+        if self._review or self._next_review <= now or not isinstance(event, Received | Publish | Tick):
             self._review = False
-            times += self._tick(now)
-        else:
-            times.append(self._scheduled)
-        self._report_progress()
-        at = min((time for time in times if time is not None), default=None)
-        if at is not None and at != self._scheduled:
+            self._next_review = self._tick(now)
+        if self.published:
+            self._report_progress()
+        at = self._next_review if due is None else min(due, self._next_review)
+        if at != self._scheduled:
             self._scheduled = at
             self._out.append(Schedule(at))
 
-    def _tick(self, now: float) -> list[float | None]:
+    def _tick(self, now: float) -> float:
+        """All that is due but for the broadcast; returns when to come back."""
         self.log.expire(now)
         self.intake.deliver(self.sequencer.expire(now))
         if self._settle_at is not None and self._settle_at <= now:
             self.intake.deliver(self.sequencer.settle(now))
         if self.sequencer.settled:
             self._settle_at = None
-        return [
-            self.membership.tick(now),
-            self.antientropy.tick(now),
-            self.log.next_expiry(),
-            self.sequencer.deadline,
-            self._settle_at,
-            self.healing.tick(now),
-        ]
+        times = (self.antientropy.tick(now), self.log.next_expiry(), self.sequencer.deadline, self._settle_at)
+        return min(self.membership.tick(now), self.healing.tick(now), *[time for time in times if time is not None])
 
     def _acknowledge(self) -> None:
-        # Others too: what one link announced may have come over another.
-        for peer, link in self._links.items():
-            count = link.acknowledge(self.log.holds) if link.owes or peer == self._dirty else None
-            if count is not None:
-                self._out.append(Send(peer, wire.encode(wire.Ack(count))))
+        if self._changes != self.log.changes:
+            # Others too: what one link announced may have come over another.
+            self._changes = self.log.changes
+            for link in self._links.values():
+                if link.owes or link.peer == self._dirty:
+                    self._acknowledge_on(link)
+        elif self._dirty and (last := self._links.get(self._dirty)) is not None:
+            self._acknowledge_on(last)
         self._dirty = b""
+
+    def _acknowledge_on(self, link: Link) -> None:
+        count = link.acknowledge(self.log.holds, lambda id: self.log.may_be_by(id, link.author))
+        if count is not None:
+            self._out.append(Send(link.peer, wire.encode(wire.Ack(count))))
 
     def _dropped(self, envelope: Envelope) -> None:
         if (envelope.author, envelope.epoch) == (self.author, self.epoch):
