@@ -156,7 +156,7 @@ def test_frames_of_every_type_with_arbitrary_contents(round: int, seed: int) -> 
     for peer in peers:
         assert_bounded(peer)
         assert {close.peer for close in peer.closed} <= {puppet.peer.id}  # honest peers never close on one another
-    puppet.peer.alive = False
+    puppet.peer.died = 0.0
     for peer in peers:
         net.cut(puppet.peer, peer)
     honest = {peer.overlay.author for peer in peers}

@@ -53,7 +53,6 @@ class _Epoch:
             if len(starts) > MAX_HOLES:
                 del starts[1], ends[0]
 
-
     def without(self, ranges: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
         """Starts and ends, less these ranges."""
         intervals = list(zip(self.starts, self.ends, strict=True))

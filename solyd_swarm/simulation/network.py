@@ -1,18 +1,20 @@
-"""A seeded discrete-event network that drives `Overlay` objects: same seed, same run.
+"""A seeded discrete-event network that drives `Overlay` objects, the very ones of production: same seed, same run.
 
-Links are reliable and ordered, as TCP is, unless told otherwise (`loss`, `duplication`, `cut`), since the core has to survive
-that too. What it says of acknowledgements (`Progress`) is true on reliable links only.
+Links are reliable and ordered, as TCP is, unless told otherwise (`loss`, `duplication`, `reordering`, `cut`), since the core has
+to survive that too. What it says of acknowledgements (`Progress`) is true on reliable links only.
 """
 
 import random
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from heapq import heappop, heappush
+from typing import Any
 
 from nacl.bindings import crypto_sign, crypto_sign_seed_keypair
 
-from solyd_swarm.core.envelope import Envelope
+from solyd_swarm.core.envelope import Envelope, Signer, Verifier, verify_ed25519
 from solyd_swarm.core.events import (
     Action,
     Addresses,
@@ -26,7 +28,6 @@ from solyd_swarm.core.events import (
     LinkDown,
     LinkUp,
     NeighborDown,
-    NeighborUp,
     Progress,
     Publish,
     Quit,
@@ -38,10 +39,18 @@ from solyd_swarm.core.events import (
 from solyd_swarm.core.ledger import Ledger
 from solyd_swarm.core.overlay import Overlay, OverlayConfig
 from solyd_swarm.core.wire import PeerInfo
+from solyd_swarm.net.limits import SILENCE_TIMEOUT
+from solyd_swarm.simulation.channel import Channel, Way
 
 TOPIC_ID = b"simulated topic."
 UNUSED_TIMEOUT = 10.0
 """Seconds after which a channel that no topic uses is closed, as a node does."""
+DIAL_TIMEOUT = 5.0
+"""Seconds until a dial of a host that does not answer at all is given up."""
+DIAL_FLIGHTS = 3
+"""One-way delays from a dial to an established channel: TCP's handshake, and the first flight of Noise XX beyond it."""
+
+Watch = Callable[["Peer", Deliver], None]
 
 
 def key_pair(seed: str) -> tuple[bytes, bytes]:
@@ -49,16 +58,31 @@ def key_pair(seed: str) -> tuple[bytes, bytes]:
     return crypto_sign_seed_keypair(blake2b(seed.encode(), digest_size=32).digest())
 
 
+def _sham(public: bytes, data: bytes) -> bytes:
+    return blake2b(data, key=public, digest_size=64).digest()
+
+
+def verify_sham(public_key: bytes, signature: bytes, data: bytes) -> bool:
+    """Checks what `Network(sham_signatures=True)` signs with: as large as Ed25519's, 50 times faster, and no secret at all."""
+    return signature == _sham(public_key, data)
+
+
 @dataclass(eq=False)
 class Peer:
     """One simulated peer, and all that came out of its core."""
 
     index: int
+    id: bytes
     overlay: Overlay
     address: Addresses
     secret: bytes
-    alive: bool = True
+    born: float = 0.0
+    died: float | None = None
     wake_at: float | None = None
+    zone: int = 0
+    clock_offset: float = 0.0
+    """Seconds by which the peer's wall clock is ahead."""
+    links: dict[bytes, Way] = field(default_factory=dict)
     delivered: list[Deliver] = field(default_factory=list)
     messages: list[bytes] = field(default_factory=list)
     equivocations: list[Equivocated] = field(default_factory=list)
@@ -68,8 +92,8 @@ class Peer:
     next_sequence: int = 1
 
     @property
-    def id(self) -> bytes:
-        return self.overlay.membership.me.instance
+    def alive(self) -> bool:
+        return self.died is None
 
 
 class Network:
@@ -77,28 +101,49 @@ class Network:
 
     Args:
         seed: decides everything.
-        latency: seconds a frame takes, (least, most).
+        latency: seconds a frame takes, (least, most): of each frame anew or, with `jitter`, of each pair of peers.
+        jitter: seconds, at most, that a frame takes longer than its pair's latency.
         loss: share of frames lost (0 to 1); 0 is what TCP gives.
+        config: of every peer that has none of its own.
+        sham_signatures: sign with a stand-in that anyone could forge: for runs where nobody does.
+        keep: keep all that was delivered, with the peers; without it only `watch` hears of it.
     """
 
     def __init__(
-        self, seed: int, *, latency: tuple[float, float] = (0.005, 0.02), loss: float = 0.0, config: OverlayConfig | None = None
+        self,
+        seed: int,
+        *,
+        latency: tuple[float, float] = (0.005, 0.02),
+        jitter: float | None = None,
+        loss: float = 0.0,
+        config: OverlayConfig | None = None,
+        sham_signatures: bool = False,
+        keep: bool = True,
     ) -> None:
+        self.seed = seed
         self.rng = random.Random(seed)
         self.now = 0.0
         self.latency = latency
+        self.jitter = jitter
         self.loss = loss
         self.duplication = 0.0
         """Share of frames that arrive twice (0 to 1)."""
+        self.reordering = False
+        """Whether frames may overtake one another on one link."""
         self.config = config or OverlayConfig()
         self.peers: list[Peer] = []
-        self.frames_sent = 0
-        self.bytes_sent = 0
-        self.filter: Callable[[Peer, Peer, bytes], bool] = lambda sender, receiver, data: True
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self.frames_by_type = [0] * 256
+        self.bytes_by_type = [0] * 256
+        self.filter: Callable[[Peer, Peer, bytes], bool] | None = None
+        """Decides whether a frame goes through: (sender, receiver, data)."""
+        self.watch: Watch | None = None
+        self.partitioned = False
+        """Whether frames between peers of different zones are lost."""
+        self.events = 0
+        self._sham = sham_signatures
+        self._keep = keep
+        self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
-        self._links: dict[frozenset[int], int] = {}  # pair -> generation of its link
-        self._arrivals: dict[tuple[int, int], float] = {}  # keeps each direction of a link in order
         self._by_address: dict[tuple[str, int], Peer] = {}
         self._by_id: dict[bytes, Peer] = {}
 
@@ -108,19 +153,13 @@ class Network:
         """A new peer, alone. A `name` given twice is one author come back."""
         index = len(self.peers)
         public, secret = key_pair(name or f"author {index}")
+        sign: Signer = (lambda data: _sham(public, data)) if self._sham else (lambda data: crypto_sign(data, secret)[:64])
+        verify: Verifier = verify_sham if self._sham else verify_ed25519
         address: Addresses = ((f"10.{index >> 16}.{index >> 8 & 255}.{index & 255}", 7000),)
         instance = blake2b(f"instance {index} {self.rng.random()}".encode(), digest_size=32).digest()
-        overlay = Overlay(
-            PeerInfo(instance, address),
-            TOPIC_ID,
-            public,
-            epoch,
-            lambda data: crypto_sign(data, secret)[:64],
-            random.Random(self.rng.random()),
-            config or self.config,
-            ledger=ledger,
-        )
-        peer = Peer(index, overlay, address, secret)
+        rng, config = random.Random(self.rng.random()), config or self.config
+        overlay = Overlay(PeerInfo(instance, address), TOPIC_ID, public, epoch, sign, rng, config, ledger=ledger, verify=verify)
+        peer = Peer(index, instance, overlay, address, secret, self.now)
         self.peers.append(peer)
         self._by_address[address[0]] = peer
         self._by_id[instance] = peer
@@ -134,42 +173,77 @@ class Network:
     def publish(self, peer: Peer, *payloads: bytes) -> None:
         """All the payloads in one turn."""
         first, peer.next_sequence = peer.next_sequence, peer.next_sequence + len(payloads)
-        self.feed(peer, Publish(first, int(self.now * 1_000_000), list(payloads)))
+        self.feed(peer, Publish(first, max(0, int((self.now + peer.clock_offset) * 1_000_000)), list(payloads)))
 
     def leave(self, peer: Peer) -> None:
         """A goodbye."""
         self.feed(peer, Quit())
-        self.after(self.latency[1] * 2, lambda: self._gone(peer))
+        self.after(self.latency[1] * 2, self._gone, peer)
 
-    def crash(self, peer: Peer) -> None:
-        """Gone without a word; neighbours notice at once, as with a reset."""
-        self._gone(peer)
+    def crash(self, peer: Peer, *, silently: bool = False) -> None:
+        """Gone without a word; neighbours notice at once, as with a reset, or, if `silently`, by their keepalives."""
+        if not silently:
+            self._gone(peer)
+        elif peer.alive:
+            peer.died = self.now
+            for way in list(peer.links.values()):
+                self.after(SILENCE_TIMEOUT, self._end, way, "no sign of life")
 
     def _gone(self, peer: Peer) -> None:
-        peer.alive = False
-        for other in self.peers:
-            self.cut(peer, other)
+        if peer.alive:
+            peer.died = self.now
+        for way in list(peer.links.values()):
+            self._end(way)
 
     def cut(self, one: Peer, other: Peer) -> None:
         """Ends the link between two peers, if there is one."""
-        if self._links.pop(frozenset((one.index, other.index)), None) is not None:
-            for near, far in ((one, other), (other, one)):
-                if near.alive:
-                    self.feed(near, LinkDown(far.id, "connection lost"))
+        way = one.links.get(other.id)
+        if way is not None:
+            self._end(way)
+
+    def _end(self, way: Way, reason: str = "connection lost") -> None:
+        if way.channel.up:
+            way.channel.up = False
+            for end in (way, way.back):
+                del end.sender.links[end.receiver.id]
+            for end in (way, way.back):
+                self.feed(end.sender, LinkDown(end.receiver.id, reason))
+
+    def partition(self, zones: Iterable[Iterable[Peer]]) -> None:
+        """From now on nothing goes from one zone to another; channels in between end when their keepalives notice."""
+        for number, zone in enumerate(zones):
+            for peer in zone:
+                peer.zone = number
+        self.partitioned = True
+        # As in production a channel that nothing comes over any more is given up.
+        for peer in self.peers:
+            for way in peer.links.values():
+                if way.receiver.zone != peer.zone:
+                    self.after(SILENCE_TIMEOUT, self._end_across, way)
+
+    def _end_across(self, way: Way) -> None:
+        if self.partitioned:
+            self._end(way, "no sign of life")
+
+    def heal(self) -> None:
+        """Ends the partition."""
+        self.partitioned = False
 
     # -- time -------------------------------------------------------------------------------------------------
 
-    def after(self, delay: float, action: Callable[[], None]) -> None:
-        """Runs `action` in simulated time."""
+    def after(self, delay: float, action: Callable[..., None], *arguments: Any) -> None:
+        """Runs `action(*arguments)` in simulated time."""
         self._count += 1
-        heappush(self._queue, (self.now + delay, self._count, action))
+        heappush(self._queue, (self.now + delay, self._count, action, arguments))
 
     def run(self, seconds: float) -> None:
         """Lets simulated time pass."""
         end = self.now + seconds
-        while self._queue and self._queue[0][0] <= end:
-            self.now, _, action = heappop(self._queue)
-            action()
+        queue = self._queue
+        while queue and queue[0][0] <= end:
+            self.now, _, action, arguments = heappop(queue)
+            self.events += 1
+            action(*arguments)
         self.now = end
 
     def run_until(self, condition: Callable[[], bool], timeout: float) -> bool:
@@ -179,102 +253,158 @@ class Network:
             if not self._queue or self._queue[0][0] > end:
                 self.now = end
                 return condition()
-            self.now, _, action = heappop(self._queue)
-            action()
+            self.now, _, action, arguments = heappop(self._queue)
+            self.events += 1
+            action(*arguments)
         return True
 
     # -- driving the cores ------------------------------------------------------------------------------------
 
     def feed(self, peer: Peer, event: Event) -> None:
         """Hands an event to a core and carries out what it asks for."""
-        if peer.alive:
+        if peer.died is None:
             for action in peer.overlay.handle(event, self.now):
-                self._carry_out(peer, action)
+                if type(action) is Send:
+                    self._send(peer, action.peer, action.data)
+                else:
+                    self._carry_out(peer, action)
 
     def _carry_out(self, peer: Peer, action: Action) -> None:
         match action:
-            case Send():
-                self._send(peer, action)
-            case Deliver():
-                peer.delivered.append(action)
-                peer.messages.extend(action.envelope.payloads)
             case Schedule():
-                self._schedule(peer, action.at)
+                peer.wake_at = action.at
+                self.after(max(0.0, action.at - self.now), self._wake, peer, action.at)
+            case Deliver():
+                if self.watch is not None:
+                    self.watch(peer, action)
+                if self._keep:
+                    peer.delivered.append(action)
+                    peer.messages.extend(action.envelope.payloads)
             case Dial():
-                self.after(self._delay() * 3, lambda: self._connect(peer, action))
+                self._dial(peer, action)
             case Close():
                 peer.closed.append(action)
-                self._hang_up(peer, action.peer)
+                self.cut(peer, self.find(action.peer))
             case Equivocated():
                 peer.equivocations.append(action)
             case Progress():
                 peer.progress = action
             case NeighborDown():
-                peer.neighbor_downs.append(action)
-            case NeighborUp():
-                pass
+                if self._keep:
+                    peer.neighbor_downs.append(action)
+            case Send():
+                self._send(peer, action.peer, action.data)
 
-    def _schedule(self, peer: Peer, at: float) -> None:
-        peer.wake_at = at
-        self.after(max(0.0, at - self.now), lambda: self.feed(peer, Tick()) if peer.wake_at == at else None)
+    def _wake(self, peer: Peer, at: float) -> None:
+        if peer.wake_at == at:
+            self.feed(peer, Tick())
 
-    def _delay(self) -> float:
-        return self.rng.uniform(*self.latency)
+    def _delay(self, one: Peer, other: Peer) -> float:
+        least, most = self.latency
+        if self.jitter is None:
+            return least + (most - least) * self.rng.random()
+        return least + (most - least) * self._draw(one, other) + self.jitter * self.rng.random()
 
-    def _connect(self, peer: Peer, action: Dial) -> None:
+    def _draw(self, one: Peer, other: Peer) -> float:
+        """A pair's place between the least latency and the most: the same whenever they meet."""
+        low, high = sorted((one.index, other.index))
+        mixed = ((low * 2_654_435_761 ^ high * 40_503 ^ self.seed * 97) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+        return ((mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 >> 11 & (2**53 - 1)) / 2**53
+
+    # -- channels ---------------------------------------------------------------------------------------------
+
+    def _dial(self, peer: Peer, action: Dial) -> None:
         other = self._by_address.get(action.addresses[0]) if action.addresses else None
-        if other is None or not other.alive or not peer.alive or other is peer:
+        if other is not None and self.partitioned and other.zone != peer.zone:
+            self.after(DIAL_TIMEOUT, self.feed, peer, DialFailed(action.instance, action.addresses))
+        else:
+            self.after(self._delay(peer, other or peer) * DIAL_FLIGHTS, self._connect, peer, other, action)
+
+    def _connect(self, peer: Peer, other: Peer | None, action: Dial) -> None:
+        across = self.partitioned and other is not None and other.zone != peer.zone
+        if other is None or not other.alive or not peer.alive or other is peer or other.id in peer.links or across:
             self.feed(peer, DialFailed(action.instance, action.addresses))
             return
-        pair = frozenset((peer.index, other.index))
-        if pair in self._links:
-            self.feed(peer, DialFailed(action.instance, action.addresses))
-            return
-        self._count += 1
-        self._links[pair] = generation = self._count
-        self.after(UNUSED_TIMEOUT, lambda: self._close_unused(peer, other, generation))
+        channel = Channel(peer, other)
+        for way in channel.ways:
+            way.base = self._draw(peer, other)
+            way.sender.links[way.receiver.id] = way
+        self.after(UNUSED_TIMEOUT, self._close_unused, channel)
         self.feed(peer, LinkUp(other.id, other.overlay.author, other.address, True, action.addresses))
         self.feed(other, LinkUp(peer.id, peer.overlay.author, peer.address, False))
 
-    def _close_unused(self, one: Peer, other: Peer, generation: int) -> None:
+    def _close_unused(self, channel: Channel) -> None:
         """Ends a link that neither side has a use for, and looks again later where one has."""
-        if self._links.get(frozenset((one.index, other.index))) != generation:
+        there, back = channel.ways
+        if not channel.up:
             return
-        if one.overlay.uses(other.id) or other.overlay.uses(one.id):
-            self.after(UNUSED_TIMEOUT, lambda: self._close_unused(one, other, generation))
+        if there.sender.overlay.uses(back.sender.id) or back.sender.overlay.uses(there.sender.id):
+            self.after(UNUSED_TIMEOUT, self._close_unused, channel)
         else:
-            self.cut(one, other)
-
-    def _hang_up(self, peer: Peer, other_id: bytes) -> None:
-        self.cut(peer, self.find(other_id))
+            self._end(there)
 
     def find(self, instance: bytes) -> Peer:
         """The peer with this instance key."""
         return self._by_id[instance]
 
-    def _send(self, peer: Peer, action: Send) -> None:
-        other = self.find(action.peer)
-        pair = frozenset((peer.index, other.index))
-        generation = self._links.get(pair)
-        if generation is None:
+    def _send(self, peer: Peer, to: bytes, data: bytes) -> None:
+        way = peer.links.get(to)
+        if way is None:
             return
-        self.frames_sent += 1
-        self.bytes_sent += len(action.data)
-        if not self.filter(peer, other, action.data) or (self.loss and self.rng.random() < self.loss):
+        self.frames_by_type[data[0]] += 1
+        self.bytes_by_type[data[0]] += len(data)
+        if self.filter is not None and not self.filter(peer, way.receiver, data):
             return
-        way = (peer.index, other.index)
-        arrival = max(self.now + self._delay(), self._arrivals.get(way, 0.0))
-        self._arrivals[way] = arrival
+        if way.stuck is not None:
+            way.stuck.append(data)
+            way.stuck_bytes += len(data)
+        else:
+            self._transmit(way, data)
 
-        def arrive() -> None:
-            if self._links.get(pair) == generation:
-                self.feed(other, Received(peer.id, [action.data]))
+    def _transmit(self, way: Way, data: bytes) -> None:
+        rng = self.rng
+        if self.loss and rng.random() < self.loss:
+            return
+        if self.partitioned and way.sender.zone != way.receiver.zone:
+            return
+        least, most = self.latency
+        jitter = self.jitter
+        if jitter is None:
+            arrival = self.now + least + (most - least) * rng.random()
+        else:
+            arrival = self.now + least + (most - least) * way.base + jitter * rng.random()
+        if arrival < way.arrival and not self.reordering:
+            arrival = way.arrival
+        way.arrival = arrival
+        self._count += 1
+        heappush(self._queue, (arrival, self._count, self._arrive, (way, data)))
+        if self.duplication and rng.random() < self.duplication:
+            self._count += 1
+            heappush(self._queue, (arrival, self._count, self._arrive, (way, data)))
 
-        self.after(arrival - self.now, arrive)
-        if self.duplication and self.rng.random() < self.duplication:
-            self.after(arrival - self.now, arrive)
+    def _arrive(self, way: Way, data: bytes) -> None:
+        if way.channel.up:
+            self.feed(way.receiver, Received(way.sender.id, [data]))
+
+    def hold(self, way: Way) -> None:
+        """The receiver stops reading this link: what is sent over it stays in the sender's queue."""
+        way.stuck = way.stuck or deque()
+
+    def release(self, way: Way) -> None:
+        """The receiver reads again."""
+        held, way.stuck, way.stuck_bytes = way.stuck or (), None, 0
+        for data in held:
+            self._transmit(way, data)
 
     # -- what tests look at -----------------------------------------------------------------------------------
+
+    @property
+    def frames_sent(self) -> int:
+        return sum(self.frames_by_type)
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(self.bytes_by_type)
 
     @property
     def living(self) -> list[Peer]:
