@@ -89,6 +89,8 @@ class AntiEntropy:
 
     def open_round(self, link: Link) -> None:
         """Compares digests with this peer now."""
+        if not self.config.rounds:
+            return
         session = self._session(link)
         self._round += 1
         session.opened[self._round] = self._published()

@@ -28,6 +28,8 @@ MAX_HEARSAY = 65_536
 class AntiEntropyConfig:
     """Of digest rounds and of pulls. Times in seconds."""
 
+    # False: no round ever, to measure the tree by itself. A gap in an author's numbers is given up as if there were any.
+    rounds: bool = True
     # Rounds run this often while traffic flows, and back off to the longest while the sets are equal and nothing is published.
     digest_interval: float = 1.0
     digest_interval_max: float = 10.0
