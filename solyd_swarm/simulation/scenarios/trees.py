@@ -1,0 +1,55 @@
+"""The broadcast tree where nothing fails: what Plumtree's paper (SRDS 2007, section 4) and iroh-gossip's simulator measure."""
+
+from solyd_swarm.simulation.experiment import Progress, Run, perform, report
+from solyd_swarm.simulation.graph import distances, neighbours
+from solyd_swarm.simulation.parameters import Parameters
+from solyd_swarm.simulation.scenarios.base import Outcome, Scenario
+
+
+def _common(outcome: Outcome, run: Run, most_rmr: float) -> None:
+    figures = report(run)
+    outcome.figures |= figures
+    outcome.must("missed", "0", str(figures["missed"]), figures["missed"] == 0)
+    outcome.must("duplicates delivered", "0", str(figures["duplicates"]), figures["duplicates"] == 0)
+    outcome.must("RMR", f"< {most_rmr}", f"{figures['rmr']:.4f}", figures["rmr"] < most_rmr)
+    latency = figures["latency_ms"]
+    outcome.note("latency p50 / p99 / max, ms", " / ".join(f"{latency[key]:.1f}" for key in ("p50", "p99", "max")))
+    outcome.note("control / payload bytes per peer", f"{figures['control_bytes_per_peer']:.0f} / {figures['payload_bytes_per_peer']:.0f}")
+
+
+def _flood_hops(run: Run) -> int:
+    """Hops of a flood from the author of the measured messages over the very same graph, all links being equally fast."""
+    edges = neighbours(run.net.peers)
+    return max(distances(edges, run.measured[0].author.index).values())
+
+
+def one_sender(size: int, seed: int, progress: Progress) -> Outcome:
+    """A stable swarm, one sender: the tree is near perfect."""
+    outcome = Outcome()
+    run = perform(Parameters(peers=size, messages=100, latency=(1.0, 1.0), jitter=0.05, seed=seed), progress)
+    _common(outcome, run, 0.1)
+    flood, ldh = _flood_hops(run), outcome.figures["ldh"]
+    outcome.figures["flood_hops"] = flood
+    ours = f"{ldh['mean']:.1f} / {ldh['p99']:.0f} / {ldh['max']:.0f}"
+    outcome.must("LDH mean / p99 / max", f"at most {flood} + 3 (flood on the same graph: {flood})", ours, ldh["max"] <= flood + 3)
+    outcome.note("RMR of Plumtree, 10,000 nodes", f"{outcome.figures['rmr']:.4f}", "near 0; flooding about 3")
+    return outcome
+
+
+def many_senders(size: int, seed: int, progress: Progress) -> Outcome:
+    """A stable swarm, every message by another sender."""
+    outcome = Outcome()
+    run = perform(
+        Parameters(peers=size, messages=100, warmup=20, senders=min(100, size), latency=(1.0, 1.0), jitter=0.05, seed=seed), progress
+    )
+    _common(outcome, run, 0.5)
+    ldh = outcome.figures["ldh"]
+    theirs = "iroh-gossip asserts < 18 at 100 nodes"
+    outcome.must("LDH max", theirs, f"{ldh['max']:.0f}", ldh["max"] < 18 or size > 100)
+    return outcome
+
+
+SCENARIOS = (
+    Scenario("plumtree-rmr", "A stable swarm, one sender: redundancy and hops of the tree.", one_sender, 100, 10_000),
+    Scenario("many-senders", "A stable swarm, a hundred senders in turn.", many_senders, 100, 10_000),
+)
