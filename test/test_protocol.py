@@ -7,6 +7,7 @@ project must read and write the very same bytes.
 
 import hmac
 import json
+import random
 import re
 import struct
 from base64 import b64encode, urlsafe_b64encode
@@ -33,6 +34,8 @@ from nacl.secret import SecretBox
 from solyd_swarm import payload
 from solyd_swarm.core import keys, wire
 from solyd_swarm.core.envelope import equivocate, equivocation_id, open_envelope, seal, split_batch, verify_ed25519
+from solyd_swarm.core.events import Close, LinkUp, Received
+from solyd_swarm.core.overlay import Overlay
 from solyd_swarm.core.reconcile import ItemSet, Negentropy
 from solyd_swarm.discovery import dht_wire, records
 from solyd_swarm.discovery.mdns_service import parse_txt
@@ -396,7 +399,7 @@ def frame_fields(v: Vectors) -> dict[str, list[Any]]:
         "shuffle_reply": [instance, [you]], "disconnect": [[you]], "leave": [],
         "gossip": [250, 0, one["body"], one["signature"]], "ihave": [[one["id"], two["id"]], [0, 300]], "graft": [[one["id"]]],
         "prune": [], "ack": [70_000],
-        "summary": [9, 3, v["digest.fingerprint"]], "in_sync": [9], "reconcile": [9, True, v["digest.first_message"]],
+        "summary": [9, 3, v["digest.fingerprint"]], "in_sync": [9], "reconcile": [9, True, v["digest.first_message"], 2],
         "have": [[one["id"]]], "done": [9], "pull": pull, "transfer": [1250, 3, two["body"], two["signature"]],
         "gone": [two["id"], True, two["fields"][4], 700_000],
         "proof": [1250, one["body"], one["signature"], two["body"], two["signature"]],
@@ -493,6 +496,17 @@ def check_tolerated(v: Vectors) -> None:
         assert wire.decode(data) is None, name
 
 
+def receive(v: Vectors, data: bytes) -> None:
+    """One frame on a new link; raises what the channel would be closed for."""
+    assert wire.decode(data) is not None
+    public, peer = v["keys.other"], v["noise.i.instance"]
+    overlay = Overlay(wire.PeerInfo(v["noise.r.instance"]), v["keys.topic_id"], public, 1, lambda data: bytes(64), random.Random(0))
+    overlay.handle(LinkUp(peer, v["keys.author"], (), False), 0.0)
+    for action in overlay.handle(Received(peer, [data]), 0.0):
+        if isinstance(action, Close):
+            raise RemoteProtocolError(action.reason)
+
+
 def check_malformed(v: Vectors) -> None:
     """Each is refused, and by nothing but `RemoteProtocolError`."""
 
@@ -501,6 +515,7 @@ def check_malformed(v: Vectors) -> None:
 
     readers: dict[str, Callable[[bytes], object]] = {
         "frame": wire.decode,
+        "link": lambda data: receive(v, data),
         "control": lambda data: matcher(v, "r", v["noise.handshake_hash"], lambda frame: None).handle(data),
         "greeting": decode_hello,
         "stream": lambda data: FrameReader().feed(data, []),

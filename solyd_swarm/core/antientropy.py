@@ -1,14 +1,16 @@
 """Anti-entropy: digest rounds with neighbours.
 
-One side opens a round with the size and fingerprint of its set. Equal sets end it at once. Otherwise the other side leads
-a Negentropy conversation, names what it has more (Have), pulls what it lacks, and says Done when it has been answered.
-Rounds run on each new neighbour and periodically: often while traffic flows, seldom while the sets are equal and idle.
+One side opens a round with the size and fingerprint of its set. Equal sets end it at once. Otherwise one side, the one with far
+fewer items if there is such a one, leads a Negentropy conversation, names what it has more (Have), pulls what it lacks, and says
+Done when it has been answered. Rounds run on each new neighbour and periodically: often while traffic flows, seldom while the
+sets are equal and idle. Whatever is not answered in time is said again, for a while.
 """
 
 import random
 from collections.abc import Callable
 
 from solyd_swarm.core.broadcast import SERVED_BYTES
+from solyd_swarm.core.catchup import MUCH, CatchUp
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log
@@ -23,21 +25,51 @@ FOLLOWED = -1
 """Stands for a round that the other side led."""
 MAX_OPENED = 4
 """Rounds of ours on one link that may be without an answer: bounds a peer that never answers. The oldest are forgotten."""
+FEWER = 2
+"""The side with this many times fewer items leads: being told of an id costs its 32 bytes, and asking for it next to nothing."""
+
+
+class _Opened:
+    """A round of ours without an answer."""
+
+    __slots__ = ("at", "through", "tries")
+
+    def __init__(self, through: int, at: float) -> None:
+        self.through = through  # our last sequence when we opened it
+        self.at: float | None = at  # None: the other side has taken it up
+        self.tries = 0
 
 
 class _Session:
     """The digest rounds of one link."""
 
-    __slots__ = ("done_round", "done_through", "lead_round", "lead_through", "negentropy", "opened", "progress_at", "settled")
+    __slots__ = (
+        "asked_at",
+        "done_round",
+        "done_through",
+        "lead_round",
+        "lead_through",
+        "negentropy",
+        "opened",
+        "paused",
+        "query",
+        "resends",
+        "settled",
+        "step",
+    )
 
     def __init__(self) -> None:
-        self.opened: dict[int, int] = {}  # our rounds without an answer: our last sequence when we opened each
+        self.opened: dict[int, _Opened] = {}
         self.negentropy: Negentropy | None = None  # while we lead a conversation
         self.lead_round = 0
         self.lead_through = 0
+        self.step = 0  # of the conversation: its queries are numbered, and so are their answers
+        self.query = b""
+        self.asked_at = 0.0
+        self.resends = 0
+        self.paused = b""  # the next query, while there is enough to be pulled
         self.done_round: int | None = None  # the round to end, and to say Done for if we led it, once our pulls are answered
         self.done_through = 0
-        self.progress_at = 0.0
         self.settled = False  # one round has come to its end: the first one pulls at once, later ones leave time to the tree
 
 
@@ -67,7 +99,8 @@ class AntiEntropy:
         on_settled: Callable[[Link, bool, float], None],
     ) -> None:
         self.config = config
-        self.pulls = Puller(links, log, out, config, accept_age, own_first, self._finish)
+        self.pulls = Puller(links, log, out, config, accept_age, own_first, self._drained)
+        self._catchup = CatchUp(config.patience)
         self._links = links
         self._active = active
         self._log = log
@@ -82,22 +115,44 @@ class AntiEntropy:
 
     # -- links ------------------------------------------------------------------------------------------------
 
-    def link_down(self, link: Link) -> None:
+    def link_down(self, link: Link, now: float) -> None:
         """The channel has ended, and all rounds on it."""
         self._sessions.pop(link.peer, None)
         self.pulls.link_down(link)
+        self._catchup.forget(link.peer)
+        if self._catchup.is_with(link.peer):
+            self._others_turn(now)
 
-    def open_round(self, link: Link) -> None:
-        """Compares digests with this peer now."""
+    def open_round(self, link: Link, now: float) -> None:
+        """Compares digests with this peer now, or once we have caught up with another."""
         if not self.config.rounds:
+            return
+        if self._is_catching_up(now):
+            self._catchup.put_off(link.peer)
             return
         session = self._session(link)
         self._round += 1
-        session.opened[self._round] = self._published()
+        session.opened[self._round] = _Opened(self._published(), now)
         if len(session.opened) > MAX_OPENED:
             del session.opened[next(iter(session.opened))]
+        self._summarise(link, self._round)
+
+    def _summarise(self, link: Link, round: int) -> None:
         count, fingerprint = self._log.items.summary()
-        self._send(link, Summary(self._round, count, fingerprint))
+        self._send(link, Summary(round, count, fingerprint))
+
+    def _is_catching_up(self, now: float) -> bool:
+        peer = self._catchup.peer
+        if not peer:
+            return False
+        session = self._sessions.get(peer)
+        asked_at = session.asked_at if session is not None else 0.0
+        return self._catchup.is_busy(now, max(asked_at, self.pulls.progress_at(peer)))
+
+    def _others_turn(self, now: float) -> None:
+        for peer in self._catchup.end():
+            if peer in self._links:
+                self.open_round(self._links[peer], now)
 
     def traffic(self, now: float) -> bool:
         """Something new came or was published: rounds are due soon again. Whether that changes when to come back."""
@@ -144,39 +199,67 @@ class AntiEntropy:
             self._send(link, InSync(frame.round))
             self._settle(link, session, self._published(), True, now)
             return
-        if session.negentropy is not None and now < session.progress_at + self.config.patience:
+        for opened in session.opened.values():
+            opened.at = None  # it is there, and wants us to lead
+        if session.negentropy is not None or not self.config.rounds:
             return  # we lead a conversation with this peer already
+        count = len(self._log.items)
+        if count > FEWER * frame.count + MUCH and not session.opened:
+            self.open_round(link, now)
+            return
+        if abs(frame.count - count) > MUCH and self._is_catching_up(now):
+            self._catchup.put_off(link.peer)
+            return
+        if frame.count > count + MUCH:
+            self._catchup.begin(link.peer, now)
         session.negentropy = Negentropy(self.config.frame_size_limit, items=self._log.items, rng=self._rng)
-        session.lead_round, session.lead_through, session.progress_at = frame.round, self._published(), now
-        self._send(link, Reconcile(frame.round, True, session.negentropy.initiate()))
+        session.lead_round, session.lead_through = frame.round, self._published()
+        self._ask(link, session, session.negentropy.initiate(), now)
+
+    def _ask(self, link: Link, session: _Session, query: bytes, now: float) -> None:
+        session.step += 1
+        session.query, session.paused, session.asked_at, session.resends = query, b"", now, 0
+        self._send(link, Reconcile(session.lead_round, True, query, session.step))
 
     def _in_sync(self, link: Link, frame: InSync, now: float) -> None:
         session = self._session(link)
+        self._taken_up(link, session, frame.round, now)
         through = self._close_round(session, frame.round)
         if through is not None:
             self._settle(link, session, through, True, now)
 
+    def _taken_up(self, link: Link, session: _Session, round: int, now: float) -> None:
+        """The other side has answered the opening of a round."""
+        opened = session.opened.get(round)
+        if opened is not None and opened.at is not None:
+            if opened.tries == 0:  # Karn's rule: of what was said twice nobody knows which one was answered
+                link.round_trip.sample(now - opened.at)
+            opened.at = None
+
     def _close_round(self, session: _Session, round: int) -> int | None:
         """Our last sequence when we opened this round, or None where it is none of ours; earlier rounds end with it."""
-        through = session.opened.get(round)
-        if through is not None:
-            session.opened = {number: kept for number, kept in session.opened.items() if number > round}
-        return through
+        opened = session.opened.get(round)
+        if opened is None:
+            return None
+        session.opened = {number: kept for number, kept in session.opened.items() if number > round}
+        return opened.through
 
     def _reconcile(self, link: Link, frame: Reconcile, now: float) -> None:
         session = self._session(link)
         if frame.query:
+            self._taken_up(link, session, frame.round, now)
             if link.served < SERVED_BYTES:
                 self._answer(link, frame)
             return
-        if session.negentropy is None or frame.round != session.lead_round:
-            return  # the answer to a conversation that we gave up
-        session.progress_at = now
+        if session.negentropy is None or session.paused or (frame.round, frame.step) != (session.lead_round, session.step):
+            return  # the answer to a conversation that we gave up, or to what we said twice
+        if session.resends == 0:
+            link.round_trip.sample(now - session.asked_at)
         result = session.negentropy.reconcile(frame.message)
         self.pulls.offer(link, result.have)
-        self.pulls.enqueue(link, result.need, now, soon=not session.settled)
+        self.pulls.enqueue(link, result.runs, now, soon=not session.settled)
         if result.reply is not None:
-            self._send(link, Reconcile(frame.round, True, result.reply))
+            session.paused = result.reply
         else:
             session.negentropy = None
             session.done_round, session.done_through = frame.round, session.lead_through
@@ -186,7 +269,7 @@ class AntiEntropy:
         reply = Negentropy(self.config.frame_size_limit, items=self._log.items).reconcile(frame.message).reply
         if reply is not None:
             link.served += len(reply)
-            self._send(link, Reconcile(frame.round, False, reply))
+            self._send(link, Reconcile(frame.round, False, reply, frame.step))
 
     def _offered(self, link: Link, frame: Have, now: float) -> None:
         for id in frame.ids:
@@ -203,16 +286,22 @@ class AntiEntropy:
                 session.done_round, session.done_through = FOLLOWED, through
             self.pulls.pull_on(link, now)
 
-    def _finish(self, link: Link, now: float) -> None:
-        """Everything pulled has been answered: ends the round, if there is one."""
+    def _drained(self, link: Link, now: float) -> None:
+        """Little is left to be pulled: goes on with the round, if there is one, or ends it once everything has been answered."""
         session = self._session(link)
-        if session.done_round is None or session.negentropy is not None:
+        if session.negentropy is not None:
+            if session.paused:
+                self._ask(link, session, session.paused, now)
+            return
+        if session.done_round is None or not self.pulls.is_idle(link):
             return
         # Where something was left out the other side must not believe that we hold all it has; a later round tells.
         if self.pulls.take_complete(link) and session.done_round != FOLLOWED:
             self._send(link, Done(session.done_round))
         session.done_round = None
         self._settle(link, session, session.done_through, False, now)
+        if self._catchup.is_with(link.peer):
+            self._others_turn(now)
 
     def _settle(self, link: Link, session: _Session, through: int, equal: bool, now: float) -> None:
         link.synced(through, equal=equal)
@@ -230,23 +319,46 @@ class AntiEntropy:
     def tick(self, now: float) -> float | None:
         """Opens periodic rounds, pulls and gives up when due; returns when to come back."""
         times = self.pulls.tick(now)
-        for session in self._sessions.values():
-            if session.negentropy is None:
-                continue
-            if now >= session.progress_at + self.config.patience:
-                session.negentropy = None
-            else:
-                times.append(session.progress_at + self.config.patience)
+        if self._catchup.peer and not self._is_catching_up(now):
+            self._others_turn(now)
+        for peer, session in self._sessions.items():
+            if session.opened or session.negentropy is not None:
+                times += self._say_again(self._links[peer], session, now)
         if not self._active:
             self._next_digest = None
         elif self._next_digest is None:
             self._next_digest = now + self._interval
         elif self._next_digest <= now:
-            self.open_round(self._active[self._rng.choice(list(self._active))])
+            self.open_round(self._active[self._rng.choice(list(self._active))], now)
             self._next_digest = now + self._interval * (0.75 + self._rng.random() / 2)
         if self._next_digest is not None:
             times.append(self._next_digest)
         return min(times, default=None)
+
+    def _say_again(self, link: Link, session: _Session, now: float) -> list[float]:
+        """Repeats what has not been answered in time, and gives up in the end; returns when to look again."""
+        config, times = self.config, []
+        timeout = link.round_trip.timeout(1.0, config.retry_min, config.retry_max)
+        if session.negentropy is not None and not session.paused:
+            due = session.asked_at + timeout * (2 ** (session.resends + 1) - 1)
+            if due <= now and session.resends < config.retries:
+                session.resends += 1
+                self._send(link, Reconcile(session.lead_round, True, session.query, session.step))
+                due = session.asked_at + timeout * (2 ** (session.resends + 1) - 1)
+            elif due <= now:
+                session.negentropy = None
+            times += [due] if session.negentropy is not None else []
+        for round in list(session.opened)[-1:]:
+            opened = session.opened[round]
+            if opened.at is None or opened.tries >= config.retries:
+                continue
+            due = opened.at + timeout * (2 ** (opened.tries + 1) - 1)
+            if due <= now:
+                opened.tries += 1
+                self._summarise(link, round)
+                due = opened.at + timeout * (2 ** (opened.tries + 1) - 1)
+            times.append(due)
+        return times
 
     def _send(self, link: Link, frame: Frame) -> None:
         self._out.append(Send(link.peer, encode(frame)))

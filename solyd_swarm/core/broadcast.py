@@ -5,10 +5,12 @@ Leitao, Pereira, Rodrigues: Epidemic Broadcast Trees, SRDS 2007, section 3; the 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log, Record
+from solyd_swarm.core.roundtrip import RoundTrip
 from solyd_swarm.core.wire import MAX_BATCH, Frame, Gossip, Graft, Have, Ihave, Prune, encode
 from solyd_swarm.errors import RemoteProtocolError
 
@@ -29,19 +31,33 @@ class BroadcastConfig:
 
     # Announcements are gathered this long: one frame for many, at little cost, since the tree is faster anyway.
     lazy_interval: float = 0.02
-    # How long an announced envelope may take on the tree before it is grafted; the next announcer is asked sooner.
-    graft_timeout: float = 0.15
+    # How long an announced envelope may take on the tree before it is grafted: what the tree lagged behind announcements so far
+    # (mean + 4 deviations), within these bounds; until it has lagged once, the first. A graft too early costs one body too many.
+    graft_timeout: float = 0.1
+    graft_timeout_min: float = 0.025
+    graft_timeout_max: float = 1.0
+    # How long a grafted envelope may take before the next announcer is asked: the round trip of the link (mean + 4 deviations),
+    # within these bounds, and twice as long each time all were asked. Until there is a round trip, the first.
     graft_retry: float = 0.1
+    graft_retry_min: float = 0.02
+    graft_retry_max: float = 1.0
+    # Each announcer is asked so often, since frames may be lost; after that it is up to anti-entropy.
+    graft_tries: int = 3
     # Plumtree section 3.8: swap a tree link only for one that is this many hops shorter.
     optimization_threshold: int = 7
 
 
 class _Missing:
-    __slots__ = ("announcers", "due")
+    """An envelope that was announced and has not come. `tries` goes through the announcers again and again."""
 
-    def __init__(self, due: float) -> None:
+    __slots__ = ("announcers", "asked", "due", "heard_at", "tries")
+
+    def __init__(self, now: float, due: float) -> None:
         self.announcers: list[tuple[bytes, int]] = []
+        self.heard_at = now
         self.due = due
+        self.tries = 0
+        self.asked: list[bytes] = []
 
 
 class Broadcast:
@@ -64,7 +80,8 @@ class Broadcast:
         self._missing: dict[bytes, _Missing] = {}
         self._lazy: dict[bytes, list[tuple[bytes, int]]] = {}  # peer -> (id, hops) to be announced
         self._lazy_due: float | None = None
-        self._next_graft: float | None = None
+        self._due: list[tuple[float, bytes]] = []  # a heap; entries of what has come, or is due later, are stale
+        self._lag = RoundTrip()
 
     def neighbor_up(self, link: Link) -> None:
         link.eager = True
@@ -129,9 +146,11 @@ class Broadcast:
 
     # -- receiving --------------------------------------------------------------------------------------------
 
-    def accepted(self, link: Link, record: Record) -> None:
+    def accepted(self, link: Link, record: Record, now: float) -> None:
         """An envelope came by Gossip and is new: this link is a good one, unless another is much shorter."""
         missing = self._missing.pop(record.id, None)
+        if missing is not None and link.peer not in missing.asked:
+            self._lag.sample(now - missing.heard_at)
         if not link.up:
             return
         if not link.congested:
@@ -179,9 +198,8 @@ class Broadcast:
             if missing is None:
                 if len(self._missing) >= MAX_MISSING:
                     continue
-                missing = self._missing[id] = _Missing(now + self.config.graft_timeout)
-                if self._next_graft is None:
-                    self._next_graft = missing.due
+                missing = self._missing[id] = _Missing(now, now + self._graft_timeout())
+                heappush(self._due, (missing.due, id))
             # Once each: who announces without end must not take the places of those who have it.
             if len(missing.announcers) < MAX_ANNOUNCERS and all(peer != link.peer for peer, _ in missing.announcers):
                 missing.announcers.append((link.peer, hops))
@@ -209,29 +227,39 @@ class Broadcast:
     def _graft(self, now: float) -> None:
         """Asks the announcers of what the tree has failed to bring."""
         wanted: dict[bytes, list[bytes]] = {}
-        # In the order of their times, but for retries, which may come a little late behind newer ones.
-        while self._missing:
-            id, missing = next(iter(self._missing.items()))
-            if missing.due > now:
-                break
-            del self._missing[id]
-            peer = None if self._log.witnessed(id) else self._next_announcer(missing)
-            if peer is not None:
-                wanted.setdefault(peer, []).append(id)
-                missing.due = now + self.config.graft_retry
-                self._missing[id] = missing
-        self._next_graft = next((missing.due for missing in self._missing.values()), None)
+        while self._due and self._due[0][0] <= now:
+            due, id = heappop(self._due)
+            missing = self._missing.get(id)
+            if missing is None or missing.due != due:
+                continue
+            link = None if self._log.witnessed(id) else self._next_announcer(missing)
+            if link is None:
+                del self._missing[id]
+                continue
+            wanted.setdefault(link.peer, []).append(id)
+            missing.asked.append(link.peer)
+            missing.due = now + self._graft_retry(link) * 2 ** ((missing.tries - 1) // len(missing.announcers))
+            heappush(self._due, (missing.due, id))
         for peer, ids in wanted.items():
             self._active[peer].eager = True
             for start in range(0, len(ids), MAX_BATCH):
                 self._send(peer, Graft(ids[start : start + MAX_BATCH]))
 
-    def _next_announcer(self, missing: _Missing) -> bytes | None:
-        while missing.announcers:
-            peer, _ = missing.announcers.pop(0)
+    def _next_announcer(self, missing: _Missing) -> Link | None:
+        while missing.tries < self.config.graft_tries * len(missing.announcers):
+            peer, _ = missing.announcers[missing.tries % len(missing.announcers)]
+            missing.tries += 1
             if peer in self._active:
-                return peer
+                return self._active[peer]
         return None
+
+    def _graft_timeout(self) -> float:
+        config = self.config
+        return self._lag.timeout(config.graft_timeout, config.graft_timeout_min, config.graft_timeout_max)
+
+    def _graft_retry(self, link: Link) -> float:
+        config = self.config
+        return link.round_trip.timeout(config.graft_retry, config.graft_retry_min, config.graft_retry_max)
 
     # -- time -------------------------------------------------------------------------------------------------
 
@@ -239,9 +267,14 @@ class Broadcast:
         """Announces and grafts when due; returns when to come back, if at all."""
         if self._lazy_due is not None and self._lazy_due <= now:
             self._announce()
-        if self._next_graft is not None and self._next_graft <= now:
+        due = self._due
+        if due and due[0][0] <= now:
             self._graft(now)
-        return min((due for due in (self._lazy_due, self._next_graft) if due is not None), default=None)
+        while due and ((missing := self._missing.get(due[0][1])) is None or missing.due != due[0][0]):
+            heappop(due)
+        if not due:
+            return self._lazy_due
+        return due[0][0] if self._lazy_due is None else min(self._lazy_due, due[0][0])
 
     def _send(self, peer: bytes, frame: Frame) -> None:
         self._out.append(Send(peer, encode(frame)))

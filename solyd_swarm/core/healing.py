@@ -36,7 +36,7 @@ class Healing:
         *,
         interval: float,
         patience: float,
-        open_round: Callable[[Link], None],
+        open_round: Callable[[Link, float], None],
     ) -> None:
         self._links = links
         self._membership = membership
@@ -116,7 +116,7 @@ class Healing:
     def _compare(self, link: Link, now: float) -> None:
         self._tried[link.peer] = now
         self._comparing[link.peer] = now + self._patience
-        self._open_round(link)
+        self._open_round(link, now)
 
     def link_down(self, peer: bytes) -> None:
         """The link has gone."""

@@ -58,7 +58,7 @@ class Intake:
         if taken is None:
             return False
         record, envelope = taken
-        self._broadcast.accepted(link, record)
+        self._broadcast.accepted(link, record, now)
         self._broadcast.push(record, now, without=link.peer)
         return self._deliver_on(envelope, link, now)
 
@@ -76,7 +76,7 @@ class Intake:
                 self._broadcast.push(record, now, without=link.peer, lazily=True)
             review = self._deliver_on(envelope, link, now)
         # Answered only now: ending the round may begin delivery, which must see this envelope.
-        return self._antientropy.pulls.answered(link, id, now) or review
+        return self._antientropy.pulls.answered(link, id, now, len(frame.body)) or review
 
     def _take(self, link: Link, id: bytes, frame: Gossip | Transfer, now: float, *, pulled: bool) -> tuple[Record, Envelope] | None:
         """Verifies an envelope and offers it to the log; its record and itself where it is new, to be relayed and delivered."""
@@ -105,7 +105,7 @@ class Intake:
         if self._sequencer.has_gap and not had_gap:
             review = True
             if link.up:
-                self._antientropy.open_round(link)
+                self._antientropy.open_round(link, now)
         return review
 
     def deliver(self, deliveries: list[Delivery]) -> None:

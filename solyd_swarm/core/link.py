@@ -9,6 +9,7 @@ from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
 from solyd_swarm.core.events import Addresses
+from solyd_swarm.core.roundtrip import RoundTrip
 from solyd_swarm.core.wire import PeerInfo
 
 MAX_PENDING = 65_536
@@ -43,6 +44,7 @@ class Link:
         "peer",
         "pruned_at",
         "received",
+        "round_trip",
         "sent",
         "served",
         "up",
@@ -58,6 +60,7 @@ class Link:
         self.eager = True
         self.congested = False
         self.pruned_at = float("-inf")
+        self.round_trip = RoundTrip()
         self.served = 0  # bytes of bodies and digests that the frames at hand have asked for
         # Inbound: ids received; those not held yet, by their number; what we last acknowledged.
         self.received = 0

@@ -157,6 +157,11 @@ class ItemSet:
             b, position = b + 1, 0
         return found
 
+    def between(self, first: tuple[int, bytes], last: tuple[int, bytes], most: int) -> list[bytes]:
+        """The ids of the items from ``first`` to ``last``, both included, in item order; ``most`` of them at most."""
+        lower, upper = self.index(make_key(*first)), self.index(make_key(*last)) + 1
+        return self.ids(lower, min(upper, lower + most, self._count))
+
     def _find(self, bound: bytes) -> tuple[int, int, bool]:
         """(block, position in it, whether the key there is ``bound``): where ``bound`` is or would be."""
         b = bisect_right(self._lows, bound) - 1

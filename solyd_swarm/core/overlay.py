@@ -225,7 +225,7 @@ class Overlay:
             self._held_by_gone = max(self._held_by_gone, link.holds_through(self.published))
         self._review = True
         self.healing.link_down(peer)
-        self.antientropy.link_down(link)
+        self.antientropy.link_down(link, now)
         self.membership.link_down(link, reason, now, failed=failed)
 
     def _neighbor_up(self, link: Link) -> None:
@@ -239,7 +239,7 @@ class Overlay:
         # while the link was idle, says nothing about that.
         is_opener = self.membership.me.instance < link.peer
         if (is_opener and not self.antientropy.is_settled(link.peer)) or (self.antientropy.is_settled(link.peer) and link.lacks_round):
-            self.antientropy.open_round(link)
+            self.antientropy.open_round(link, self._now)
 
     def _neighbor_down(self, link: Link) -> None:
         self.broadcast.neighbor_down(link)

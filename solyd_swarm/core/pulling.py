@@ -6,7 +6,7 @@ all other neighbours are asked, and new ones, for what we would still want: memb
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from solyd_swarm.core.broadcast import SERVED_BYTES
@@ -18,8 +18,14 @@ from solyd_swarm.core.wire import MAX_BATCH, Gone, Have, Proof, Pull, Transfer, 
 MAX_QUEUE = 65_536
 """Ids still to be pulled from one peer: bounds a peer that advertises what nobody has. What does not fit is found again by a
 later round."""
+LOW_QUEUE = 4096
+"""Ids left to be pulled from one peer at which it is asked for more: it lists them faster than it can give the bodies."""
 MAX_REFUSED = 65_536
 """Ids that a peer advertised and then did not give, per peer; they are not asked of it again for a while. The oldest go first."""
+SHORT_RUN = 2
+"""Ids that are asked for one by one; a longer run is asked for by its ends."""
+GONE_BYTES = 50
+"""Of an answer without a body: these count too, since a run asks for many of them in few bytes."""
 MAX_HEARSAY = 65_536
 """Ids that one peer said are gone, until a second one does. The oldest go first."""
 
@@ -35,9 +41,17 @@ class AntiEntropyConfig:
     digest_interval_max: float = 10.0
     # What a periodic round finds missing is mostly on its way on the tree: leave it this long before pulling it.
     pull_grace: float = 0.25
-    # A conversation or a pull that makes no progress for this long is given up; the next round starts afresh.
+    # A pull without an answer for the link's round trip (mean + 4 deviations), within these bounds, is given up; each time the
+    # bound is doubled until something comes, up to the longest: large bodies take long on slow lines.
+    patience_min: float = 1.0
     patience: float = 5.0
-    pull_batch: int = 64
+    patience_max: float = 60.0
+    # A message of a digest round is said again after the link's round trip, within these bounds, twice as long each time.
+    retry_min: float = 0.5
+    retry_max: float = 5.0
+    retries: int = 3
+    # What one answer carries fills the line; small bodies would let that be very many.
+    pull_batch: int = 512
     frame_size_limit: int = 60_000
     # What a peer did not give is not asked of it again for this long.
     refused_ttl: float = 30.0
@@ -48,14 +62,20 @@ class AntiEntropyConfig:
 class _Queue:
     """What is to be pulled from one peer."""
 
-    __slots__ = ("asked", "complete", "progress_at", "refused", "todo")
+    __slots__ = ("asked", "complete", "failures", "progress_at", "refused", "size", "todo")
 
     def __init__(self) -> None:
-        self.todo: OrderedDict[bytes, float] = OrderedDict()  # to be pulled, from when on
+        self.todo: OrderedDict[bytes, tuple[float, int]] = OrderedDict()  # to be pulled, from when on; the number of its run
         self.asked: dict[bytes, None] = {}  # pulled, not answered yet
         self.refused: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()  # until when; whether it was silent rather than said so
         self.complete = True
         self.progress_at = 0.0
+        self.failures = 0  # how often it was given up since its last answer
+        self.size = 1024.0  # of its bodies, smoothed
+
+    def batch(self, most: int) -> int:
+        """How many may be asked for at a time: what one answer carries."""
+        return max(16, min(most, int(SERVED_BYTES / self.size)))
 
 
 class Puller:
@@ -64,7 +84,7 @@ class Puller:
     Args:
         accept_age: seconds of age beyond which we want no body, at the time given.
         own_first: first sequence of an envelope if it is our own, else 0.
-        on_idle: told each time a link has nothing left to be pulled or answered.
+        on_drain: told each time there is little or nothing left to be pulled from a link.
     """
 
     def __init__(
@@ -75,7 +95,7 @@ class Puller:
         config: AntiEntropyConfig,
         accept_age: Callable[[float], float],
         own_first: Callable[[bytes], int],
-        on_idle: Callable[[Link, float], None],
+        on_drain: Callable[[Link, float], None],
     ) -> None:
         self.config = config
         self._links = links
@@ -83,9 +103,10 @@ class Puller:
         self._out = out
         self._accept_age = accept_age
         self._own_first = own_first
-        self._on_idle = on_idle
+        self._on_drain = on_drain
         self._queues: dict[bytes, _Queue] = {}
         self._pulling: dict[bytes, bytes] = {}  # id -> the peer asked
+        self._run = 0
         self._hearsay: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # id -> who said first that it is gone, when
 
     def link_down(self, link: Link) -> None:
@@ -98,6 +119,16 @@ class Puller:
         """Whether nothing is left to be pulled from this peer."""
         queue = self._queues.get(link.peer)
         return queue is None or not (queue.asked or queue.todo)
+
+    def is_low(self, link: Link) -> bool:
+        """Whether little is left to be pulled from this peer."""
+        queue = self._queues.get(link.peer)
+        return queue is None or len(queue.todo) <= LOW_QUEUE
+
+    def progress_at(self, peer: bytes) -> float:
+        """When this peer last answered, or was asked after it had answered all."""
+        queue = self._queues.get(peer)
+        return float("-inf") if queue is None else queue.progress_at
 
     def take_complete(self, link: Link) -> bool:
         """Whether all that was found missing since the last call was asked for and answered."""
@@ -113,17 +144,25 @@ class Puller:
 
     # -- asking -----------------------------------------------------------------------------------------------
 
-    def enqueue(self, link: Link, ids: list[bytes], now: float, *, soon: bool) -> None:
-        """These are to be had from this peer: at once, if `soon`, else unless the tree brings them before long."""
+    def enqueue(self, link: Link, runs: Iterable[list[bytes]], now: float, *, soon: bool) -> None:
+        """These are to be had from this peer: at once, if `soon`, else unless the tree brings them before long.
+
+        Args:
+            runs: ids that follow one another in the peer's set.
+        """
         queue = self._queue(link)
         due = now if soon else now + self.config.pull_grace
-        for id in ids:
-            if self._log.witnessed(id) or id in queue.asked:
-                continue
-            if id in queue.refused or len(queue.todo) >= MAX_QUEUE:
-                queue.complete = queue.complete and id in queue.refused and not queue.refused[id][1]
-                continue
-            queue.todo.setdefault(id, due)
+        for ids in runs:
+            self._run += 1
+            for id in ids:
+                until, silent = queue.refused.get(id, (now, False))
+                if self._log.witnessed(id) or id in queue.asked or id in queue.todo:
+                    self._run += 1
+                elif until > now or len(queue.todo) >= MAX_QUEUE:
+                    queue.complete = queue.complete and until > now and not silent
+                    self._run += 1
+                else:
+                    queue.todo[id] = (due, self._run)
 
     def offered(self, link: Link, ids: list[bytes], now: float, *, soon: bool) -> None:
         """A Have: something new, or an answer to a Pull that asked for more than went at once."""
@@ -133,44 +172,66 @@ class Puller:
                 self._answered(queue, id, now)
                 # Others get their turn: who only ever puts off must not keep an id to itself.
                 contested = any(id in other.todo for other in self._queues.values())
-                self.enqueue(link, [id], now, soon=not contested)
-        self.enqueue(link, ids, now, soon=soon)
+                self.enqueue(link, [[id]], now, soon=not contested)
+        self.enqueue(link, ([id] for id in ids), now, soon=soon)
 
     def pull_on(self, link: Link, now: float) -> None:
         """Asks for the next batch that is due."""
         queue = self._queue(link)
-        batch: list[bytes] = []
+        batch = self._next_batch(link, queue, now)
+        if batch:
+            queue.progress_at = now
+            ids = [id for run in batch if len(run) <= SHORT_RUN for id in run]
+            runs = [(run[0], run[-1]) for run in batch if len(run) > SHORT_RUN]
+            self._out.append(Send(link.peer, encode(Pull(ids, max(0, int(self._accept_age(now) * 1000)), runs))))
+        if len(queue.todo) <= LOW_QUEUE:
+            self._on_drain(link, now)
+
+    def _next_batch(self, link: Link, queue: _Queue, now: float) -> list[list[bytes]]:
+        """What is due and may be asked for now, in runs."""
+        batch: list[list[bytes]] = []
+        most = queue.batch(self.config.pull_batch)
+        last = 0
         for _ in range(len(queue.todo)):
-            id, due = next(iter(queue.todo.items()))
-            if due > now or len(queue.asked) >= self.config.pull_batch:
+            id, (due, run) = next(iter(queue.todo.items()))
+            if due > now or len(queue.asked) >= most:
                 break
             del queue.todo[id]
             if self._log.witnessed(id):
-                continue
-            if id in self._pulling:
-                queue.todo[id] = now + self.config.pull_grace  # another peer was asked; should it fail, this one is
-                continue
-            self._pulling[id] = link.peer
-            queue.asked[id] = None
-            batch.append(id)
-        if batch:
-            queue.progress_at = now
-            self._out.append(Send(link.peer, encode(Pull(batch, max(0, int(self._accept_age(now) * 1000))))))
-        if not queue.asked and not queue.todo:
-            self._on_idle(link, now)
+                last = 0
+            elif id in self._pulling:
+                self._run += 1
+                queue.todo[id] = (now + self.config.pull_grace, self._run)  # another peer was asked; should it fail, this one is
+                last = 0
+            else:
+                self._pulling[id] = link.peer
+                queue.asked[id] = None
+                if run == last:
+                    batch[-1].append(id)
+                else:
+                    batch.append([id])
+                last = run
+        return batch
 
     def _answered(self, queue: _Queue, id: bytes, now: float) -> None:
         del queue.asked[id]
         self._pulling.pop(id, None)
         queue.progress_at = now
+        queue.failures = 0
 
-    def answered(self, link: Link, id: bytes, now: float) -> bool:
-        """An id that we pulled has been answered, by whatever frame. True if the peer owes us nothing for the moment."""
+    def answered(self, link: Link, id: bytes, now: float, size: int = 0) -> bool:
+        """An id that we pulled has been answered, by whatever frame. True if the peer owes us nothing for the moment.
+
+        Args:
+            size: bytes of its body, where there was one.
+        """
         queue = self._queue(link)
         if id not in queue.asked:
             return False
         self._answered(queue, id, now)
-        if len(queue.asked) <= self.config.pull_batch // 2:
+        if size:
+            queue.size += (size - queue.size) / 8
+        if len(queue.asked) <= queue.batch(self.config.pull_batch) // 2:
             self.pull_on(link, now)
         return not queue.asked
 
@@ -206,25 +267,29 @@ class Puller:
             # It is in our digest from now on: no round will show any more that we lack the body.
             for other in self._links.values():
                 if other.up and other is not link:
-                    self.enqueue(other, [id], now, soon=False)
+                    self.enqueue(other, [[id]], now, soon=False)
 
     def ask_again(self, link: Link, now: float) -> None:
         """A new neighbour may have what others said is gone."""
-        self.enqueue(link, self._log.hearsay(MAX_BATCH), now, soon=False)
+        self.enqueue(link, ([id] for id in self._log.hearsay(MAX_BATCH)), now, soon=False)
 
     # -- answering --------------------------------------------------------------------------------------------
 
     def serve(self, link: Link, frame: Pull, now: float) -> None:
         """Answers every id asked for, by itself or by the offer to ask again."""
         later: list[bytes] = []
-        for id in frame.ids:
+        for id in frame.ids + self._expand(frame.runs):
+            if link.served >= 2 * SERVED_BYTES:
+                break
             record = self._log.get(id)
             age = 0 if record is None else self._log.age_ms(record, now)
             if record is None:
                 self._send(link, Gone(id, False, 0, 0))
             elif not record.bodies_size or (record.proof is None and age > frame.max_age):
+                link.served += GONE_BYTES
                 self._send(link, Gone(id, True, record.timestamp, age))
             elif link.served >= SERVED_BYTES:
+                link.served += len(id)
                 later.append(id)
             elif record.proof is not None:
                 link.served += record.bodies_size
@@ -235,6 +300,19 @@ class Puller:
                 link.note_sent(self._own_first(id))
                 self._send(link, Transfer(age, record.hops, record.envelope.body, record.envelope.signature))
         self.offer(link, later)
+
+    def _expand(self, runs: list[tuple[bytes, bytes]]) -> list[bytes]:
+        """The ids of runs, at most `MAX_BATCH` of them. Of a run whose ends we do not know, only those ends."""
+        ids: list[bytes] = []
+        for ends in runs:
+            first, last = (self._log.get(end) for end in ends)
+            if first is None or last is None:
+                ids += ends
+            else:
+                ids += self._log.items.between((first.timestamp, first.id), (last.timestamp, last.id), MAX_BATCH)
+            if len(ids) >= MAX_BATCH:
+                break
+        return ids[:MAX_BATCH]
 
     def offer(self, link: Link, ids: list[bytes]) -> None:
         """Names what we hold and the peer does not, for it to pull."""
@@ -253,7 +331,8 @@ class Puller:
             while queue.refused and next(iter(queue.refused.values()))[0] <= now:
                 queue.refused.popitem(last=False)
             was_busy = queue.asked or queue.todo
-            if queue.asked and now >= queue.progress_at + self.config.patience:
+            if queue.asked and now >= self._give_up_at(peer, queue):
+                queue.failures += 1
                 for id in queue.asked:
                     self.refuse(self._links[peer], id, now, silent=True)
                 queue.complete = False
@@ -261,10 +340,15 @@ class Puller:
             if was_busy:
                 self.pull_on(self._links[peer], now)
             if queue.asked:
-                times.append(queue.progress_at + self.config.patience)
+                times.append(self._give_up_at(peer, queue))
             elif queue.todo:
-                times.append(next(iter(queue.todo.values())))
+                times.append(next(iter(queue.todo.values()))[0])
         return times
+
+    def _give_up_at(self, peer: bytes, queue: _Queue) -> float:
+        config = self.config
+        patience = self._links[peer].round_trip.timeout(config.patience, config.patience_min, config.patience)
+        return queue.progress_at + min(patience * 2**queue.failures, config.patience_max)
 
     def _release(self, queue: _Queue) -> None:
         for id in queue.asked:

@@ -85,13 +85,19 @@ class Reconciliation:
     Attributes:
         reply: the message to send back; None: the initiator has learned everything and the conversation is over.
         have: 32-byte ids that we hold and the other lacks; always empty for a responder.
-        need: 32-byte ids that the other holds and we lack; always empty for a responder. Claims of the other: ids are
-            listed without timestamps, so a liar may name ids that we hold elsewhere, or that do not exist.
+        runs: 32-byte ids that the other holds and we lack; always empty for a responder. Claims of the other: ids are
+            listed without timestamps, so a liar may name ids that we hold elsewhere, or that do not exist. Each run is of
+            ids that follow one another in the other's set.
     """
 
     reply: bytes | None
     have: list[bytes] = field(default_factory=list)
-    need: list[bytes] = field(default_factory=list)
+    runs: list[list[bytes]] = field(default_factory=list)
+
+    @property
+    def need(self) -> list[bytes]:
+        """The ids of all runs."""
+        return [id for run in self.runs for id in run]
 
 
 class _Reader:
@@ -290,7 +296,7 @@ class _Round:
         self._writer = writer
         self._settled: bytes | None = None  # bound of the settled ranges that no skip was written for yet
         self._have: list[bytes] = []
-        self._need: list[bytes] = []
+        self._runs: list[list[bytes]] = []
 
     def run(self, ranges: list[_Range]) -> Reconciliation:
         lower = 0
@@ -313,7 +319,7 @@ class _Round:
             lower = upper
         message = bytes(self._writer.data)
         finished = self._reported is not None and len(message) == 1
-        return Reconciliation(None if finished else message, self._have, self._need)
+        return Reconciliation(None if finished else message, self._have, self._runs)
 
     def _compare(self, lower: int, upper: int, bound: bytes, theirs: bytes) -> int | None:
         """They sent a fingerprint: the range is settled if ours is equal, else we say more about it."""
@@ -335,12 +341,24 @@ class _Round:
         """They listed all they have in a range, to us who asked for it."""
         ours = dict.fromkeys(self._items.ids(lower, upper))
         theirs = dict.fromkeys(payload[i : i + ID_SIZE] for i in range(0, len(payload), ID_SIZE))
-        for report, left, right in ((self._have, ours, theirs), (self._need, theirs, ours)):
-            for id in left:
-                if id not in right and id not in reported:
-                    report.append(id)
-                    if len(reported) < MAX_REMEMBERED:
-                        reported.add(id)
+        self._have += [id for id in ours if id not in theirs and self._is_news(id, reported)]
+        run: list[bytes] = []
+        for id in theirs:
+            if id not in ours and self._is_news(id, reported):
+                run.append(id)
+            elif run:
+                self._runs.append(run)
+                run = []
+        if run:
+            self._runs.append(run)
+
+    @staticmethod
+    def _is_news(id: bytes, reported: set[bytes]) -> bool:
+        if id in reported:
+            return False
+        if len(reported) < MAX_REMEMBERED:
+            reported.add(id)
+        return True
 
     def _list(self, lower: int, upper: int, bound: bytes) -> int | None:
         """They listed all they have in a range: list ours, as far as it fits."""

@@ -17,6 +17,7 @@ from solyd_swarm.errors import RemoteProtocolError
 
 MAX_BATCH = 4096
 """Ids in one frame: a peer that sends longer lists is cut off before it makes us allocate for them."""
+MAX_RUNS = 1024
 MAX_MESSAGE = 16 * 1024 * 1024
 """No message is larger, whatever `max_message_size` says: relays must agree on what they pass on."""
 MAX_ENVELOPE = MAX_MESSAGE + 1024
@@ -186,12 +187,13 @@ class InSync(Frame, frozen=True, array_like=True):
 
 
 class Reconcile(Frame, frozen=True, array_like=True):
-    """A Negentropy message. `query` tells the side that leads the round from the one that answers."""
+    """A Negentropy message. `query` tells the side that leads the round from the one that answers, which repeats the `step`."""
 
     TYPE: ClassVar[int] = 0x42
     round: Count
     query: bool
     message: Annotated[bytes, Meta(max_length=1024 * 1024)]
+    step: Count = 0
 
 
 class Have(Frame, frozen=True, array_like=True):
@@ -209,11 +211,15 @@ class Done(Frame, frozen=True, array_like=True):
 
 
 class Pull(Frame, frozen=True, array_like=True):
-    """Asks for bodies; of those older than `max_age` the sender wants to know only that they are gone."""
+    """Asks for bodies; of those older than `max_age` the sender wants to know only that they are gone.
+
+    A run asks for all that the receiver holds from one id to another, both included, in the order of the digest.
+    """
 
     TYPE: ClassVar[int] = 0x45
     ids: Ids
     max_age: Age
+    runs: Annotated[list[tuple[Id, Id]], Meta(max_length=MAX_RUNS)] = []
 
 
 class Transfer(Frame, frozen=True, array_like=True):

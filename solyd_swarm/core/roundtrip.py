@@ -1,0 +1,34 @@
+"""Round-trip times: what timeouts are made of (RFC 6298)."""
+
+_ALPHA = 1 / 8
+_BETA = 1 / 4
+_VARIANCES = 4
+_GRANULARITY = 0.005
+"""Seconds that a timer, a busy loop or a batch may add without the network having anything to do with it."""
+
+
+class RoundTrip:
+    """A smoothed time and its mean deviation (RFC 6298, section 2), in seconds.
+
+    Whoever takes samples keeps to Karn's rule (section 3): none of what was asked for twice.
+    """
+
+    __slots__ = ("smoothed", "variance")
+
+    def __init__(self) -> None:
+        self.smoothed: float | None = None
+        self.variance = 0.0
+
+    def sample(self, seconds: float) -> None:
+        """Takes in one measurement."""
+        if self.smoothed is None:
+            self.smoothed, self.variance = seconds, seconds / 2
+        else:
+            self.variance += _BETA * (abs(self.smoothed - seconds) - self.variance)
+            self.smoothed += _ALPHA * (seconds - self.smoothed)
+
+    def timeout(self, initial: float, least: float, most: float) -> float:
+        """How long to wait before something may be taken for lost: SRTT + 4 RTTVAR within bounds, `initial` without a sample."""
+        if self.smoothed is None:
+            return initial
+        return min(max(self.smoothed + max(_GRANULARITY, _VARIANCES * self.variance), least), most)
