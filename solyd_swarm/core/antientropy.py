@@ -199,14 +199,15 @@ class AntiEntropy:
             self._send(link, InSync(frame.round))
             self._settle(link, session, self._published(), True, now)
             return
-        for opened in session.opened.values():
-            opened.at = None  # it is there, and wants us to lead
         if session.negentropy is not None or not self.config.rounds:
             return  # we lead a conversation with this peer already
         count = len(self._log.items)
-        if count > FEWER * frame.count + MUCH and not session.opened:
-            self.open_round(link, now)
+        if count > FEWER * frame.count + MUCH:
+            if not session.opened:  # else it has our summary, or will soon have
+                self.open_round(link, now)
             return
+        for opened in session.opened.values():
+            opened.at = None  # no answer to these will come: we lead
         if abs(frame.count - count) > MUCH and self._is_catching_up(now):
             self._catchup.put_off(link.peer)
             return

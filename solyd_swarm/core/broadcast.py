@@ -37,14 +37,22 @@ class BroadcastConfig:
     graft_timeout_min: float = 0.025
     graft_timeout_max: float = 1.0
     # How long a grafted envelope may take before the next announcer is asked: the round trip of the link (mean + 4 deviations),
-    # within these bounds, and twice as long each time all were asked. Until there is a round trip, the first.
+    # within these bounds; once all were asked three times, twice as long each time. Until there is a round trip, the first.
     graft_retry: float = 0.1
     graft_retry_min: float = 0.02
     graft_retry_max: float = 1.0
     # Each announcer is asked so often, since frames may be lost; after that it is up to anti-entropy.
-    graft_tries: int = 3
-    # Plumtree section 3.8: swap a tree link only for one that is this many hops shorter.
-    optimization_threshold: int = 7
+    graft_tries: int = 6
+    # While more than this share of the latest envelopes had to be grafted (one of 64 is less), no link is pruned: where frames are
+    # lost, one link to each peer is not enough, and a second copy costs less than asking for the first.
+    redundancy_threshold: float = 0.02
+    # Plumtree section 3.8: a branch of the tree is swapped only for one that is so many hops shorter. The paper's 7 leaves a tree
+    # that was mended often twice as deep as a flood; below 3, latencies of frames decide, and branches are swapped in vain.
+    optimization_threshold: int = 3
+    # One tree serves all senders: what is shorter for one may be longer for another. So each swap is followed by a pause, doubled
+    # each time until a neighbour comes or goes, and the tree comes to rest.
+    optimization_pause: float = 0.5
+    optimization_pause_max: float = 60.0
 
 
 class _Missing:
@@ -82,12 +90,19 @@ class Broadcast:
         self._lazy_due: float | None = None
         self._due: list[tuple[float, bytes]] = []  # a heap; entries of what has come, or is due later, are stale
         self._lag = RoundTrip()
+        self.swaps = 0
+        """Branches of the tree that were swapped for shorter ones."""
+        self._next_swap = 0.0
+        self._swap_pause = config.optimization_pause
+        self._grafted_share = 0.0  # of the latest envelopes, those that had to be grafted
 
     def neighbor_up(self, link: Link) -> None:
+        self._swap_pause = self.config.optimization_pause
         link.eager = True
         link.congested = False
 
     def neighbor_down(self, link: Link) -> None:
+        self._swap_pause = self.config.optimization_pause
         self._lazy.pop(link.peer, None)
 
     # -- sending ----------------------------------------------------------------------------------------------
@@ -149,24 +164,43 @@ class Broadcast:
     def accepted(self, link: Link, record: Record, now: float) -> None:
         """An envelope came by Gossip and is new: this link is a good one, unless another is much shorter."""
         missing = self._missing.pop(record.id, None)
+        self._note_failure(missing is not None and bool(missing.asked))
         if missing is not None and link.peer not in missing.asked:
             self._lag.sample(now - missing.heard_at)
         if not link.up:
             return
+        record.via = link.peer
         if not link.congested:
             link.eager = True
         if missing is None:
             return
         for peer, hops in missing.announcers:
             other = self._active.get(peer)
-            if other is not None and not other.eager and hops + self.config.optimization_threshold < record.hops:
-                other.eager, link.eager = True, False
-                self._send(peer, Graft([]))
-                self._send(link.peer, Prune())
+            if other is not None and self._optimize(other, hops, record, now):
                 return
+
+    def _optimize(self, other: Link, hops: int, record: Record, now: float) -> bool:
+        """Makes the link of an announcer a branch of the tree, instead of the one that brought the envelope, if it is much shorter."""
+        link = self._active.get(record.via)
+        is_shorter = hops + 1 + self.config.optimization_threshold <= record.hops
+        if not is_shorter or other.eager or other.congested or now < self._next_swap or link is None or not link.eager or link is other:
+            return False
+        self.swaps += 1
+        self._next_swap = now + self._swap_pause
+        self._swap_pause = min(2 * self._swap_pause, self.config.optimization_pause_max)
+        other.eager, link.eager = True, False
+        self._send(other.peer, Graft([]))
+        self._send(link.peer, Prune())
+        return True
+
+    def _note_failure(self, failed: bool) -> None:
+        """Whether the tree has failed to bring an envelope in time; the latest 64 or so count."""
+        self._grafted_share += (failed - self._grafted_share) / 64
 
     def duplicate(self, link: Link, now: float) -> None:
         """An envelope came by Gossip that was here already: the link is none of the tree's."""
+        if self._grafted_share > self.config.redundancy_threshold:
+            return
         if link.up and (link.eager or now - link.pruned_at >= PRUNE_PAUSE):
             link.eager = False
             link.pruned_at = now
@@ -174,7 +208,9 @@ class Broadcast:
 
     def fetched(self, id: bytes) -> None:
         """An envelope came by anti-entropy."""
-        self._missing.pop(id, None)
+        missing = self._missing.pop(id, None)
+        if missing is not None and missing.asked:
+            self._note_failure(True)
 
     def handle(self, link: Link, frame: Frame, now: float) -> None:
         """One broadcast frame of a neighbour, but for Gossip."""
@@ -193,6 +229,9 @@ class Broadcast:
             held = self._log.witnessed(id)
             link.note_received(id, held, matters=self._log.may_be_by(id, link.author))
             if held:
+                record = self._log.get(id)
+                if record is not None and record.via and link.up:
+                    self._optimize(link, hops, record, now)
                 continue
             missing = self._missing.get(id)
             if missing is None:
@@ -238,7 +277,7 @@ class Broadcast:
                 continue
             wanted.setdefault(link.peer, []).append(id)
             missing.asked.append(link.peer)
-            missing.due = now + self._graft_retry(link) * 2 ** ((missing.tries - 1) // len(missing.announcers))
+            missing.due = now + self._graft_retry(link) * 2 ** max(0, (missing.tries - 1) // len(missing.announcers) - 2)
             heappush(self._due, (missing.due, id))
         for peer, ids in wanted.items():
             self._active[peer].eager = True

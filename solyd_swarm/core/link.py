@@ -41,6 +41,7 @@ class Link:
         "info",
         "initiated",
         "overflow",
+        "parted_at",
         "peer",
         "pruned_at",
         "received",
@@ -60,6 +61,7 @@ class Link:
         self.eager = True
         self.congested = False
         self.pruned_at = float("-inf")
+        self.parted_at = 0.0  # when it left the active view, or we last told the peer that it is not in it
         self.round_trip = RoundTrip()
         self.served = 0  # bytes of bodies and digests that the frames at hand have asked for
         # Inbound: ids received; those not held yet, by their number; what we last acknowledged.

@@ -55,7 +55,7 @@ class Record:
     """One id that we know. `born`: when it was published, on our own monotonic clock.
 
     `envelope` is None where the body is gone; `proof` is set for the item that stands for an equivocation. `stream` is
-    (author, epoch); None where we know the id by hearsay only, as gone.
+    (author, epoch); None where we know the id by hearsay only, as gone. `via`: the peer whose push brought it.
     """
 
     id: bytes
@@ -65,6 +65,7 @@ class Record:
     stream: tuple[bytes, int] | None = None
     envelope: Envelope | None = None
     proof: tuple[Envelope, Envelope] | None = None
+    via: bytes = b""
 
     @property
     def bodies_size(self) -> int:

@@ -52,6 +52,11 @@ class MembershipConfig:
     # Whose link failed is dialled again at once, for networks do hiccup; if it fails again soon, after a pause that doubles.
     redial_pause: float = 0.5
     redial_pause_max: float = 30.0
+    # Who goes on as our neighbour after this long has not heard that it is none: what was on its way has come by then.
+    part_pause: float = 1.0
+    # The first trade of a neighbour for someone far away comes after a shuffle; the pause doubles each time, since trades cost the
+    # broadcast tree a branch, and a well-mixed graph stays so.
+    mix_interval: float = 10.0
     # A dial plus a request, on a slow path; after that the next candidate gets its turn.
     request_timeout: float = 5.0
 
@@ -89,6 +94,9 @@ class Membership:
         self._rests: dict[bytes, tuple[float, float]] = {}  # peer whose link failed -> dialled no sooner than, next pause
         self._next_shuffle = 0.0
         self._next_fill = 0.0
+        self._mixing = b""  # dialled for a trade
+        self._next_mix: float | None = None
+        self._mix_pause = config.mix_interval
         self._fill_pause = config.fill_interval
 
     @property
@@ -103,7 +111,8 @@ class Membership:
         self._requests.pop(link.peer, None)
         self.passive.pop(link.peer, None)
         if link.initiated:
-            self.request(link, now)
+            high, self._mixing = link.peer == self._mixing, b""
+            self.request(link, now, high=high)
         elif self.has_room:
             self._remember(link.info, b"")
 
@@ -171,6 +180,12 @@ class Membership:
                     self._drop(link, "made room for another neighbour")
                     self._remember(link.info, b"")
                 self._fill(now, avoid=link.peer)
+
+    def stray(self, link: Link, now: float) -> None:
+        """What only neighbours send has come from a peer that is none of ours: it has missed that, and is told once more."""
+        if now >= link.parted_at + self.config.part_pause:
+            link.parted_at = now
+            self._send(link.peer, Disconnect())
 
     def _accept(self, link: Link) -> None:
         self._send(link.peer, NeighborReply(True, self._others(link.peer)))
@@ -344,7 +359,27 @@ class Membership:
         if self._next_shuffle <= now:
             self._next_shuffle = now + self.config.shuffle_interval * (0.5 + self._rng.random())
             self._shuffle()
-        return min(self._next_fill, self._next_shuffle)
+        if self._next_mix is None:
+            self._next_mix = now + self._mix_pause * (0.5 + self._rng.random())
+        elif self._next_mix <= now:
+            self._mix_pause *= 2
+            self._next_mix = now + self._mix_pause * (0.5 + self._rng.random())
+            self._mix(now)
+        return min(self._next_fill, self._next_shuffle, self._next_mix)
+
+    def _mix(self, now: float) -> None:
+        """Trades a neighbour for someone far away.
+
+        Peers that come together find their neighbours among one another, and neighbours of neighbours: long paths, and parts that
+        hang by few links. Passive views are shuffled, active ones are not, so a few trades early in a peer's life make up for it.
+        """
+        if len(self.active) < self.config.active_size or len(self.passive) < 2 * self.config.active_size:
+            return
+        info, via = self.passive[self._rng.choice(list(self.passive))]
+        if info.addresses and info.instance not in self._links and info.instance not in self._requests:
+            self._mixing = info.instance
+            self._requests[info.instance] = now + self.config.request_timeout
+            self._out.append(Dial(info.instance, info.addresses, via))
 
     def _shuffle(self) -> None:
         if not self.active:

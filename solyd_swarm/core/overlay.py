@@ -42,6 +42,8 @@ from solyd_swarm.errors import RemoteProtocolError
 SETTLE_TIMEOUT = 3.0
 """Seconds after the first neighbour by which delivery begins even if no digest round has come to its end."""
 
+_NEIGHBOURLY = wire.Gossip | wire.Ihave | wire.Prune | wire.Shuffle | wire.ForwardJoin
+"""What is sent to neighbours only. (Grafts may answer an announcement of before.)"""
 _FREQUENT = wire.Gossip | wire.Transfer | wire.Ihave | wire.Ack
 
 
@@ -213,6 +215,7 @@ class Overlay:
             self._link_down(event.peer, "replaced by a new connection", now, failed=False)
         info = make_peer_info(event.peer, event.addresses)
         link = Link(info, event.author, initiated=event.initiated, dialled=event.dialled)
+        link.parted_at = now
         self._links[event.peer] = link
         if not self.healing.link_up(link, event, now):
             self.membership.link_up(link, now)
@@ -242,6 +245,7 @@ class Overlay:
             self.antientropy.open_round(link, self._now)
 
     def _neighbor_down(self, link: Link) -> None:
+        link.parted_at = self._now
         self.broadcast.neighbor_down(link)
         if not self.membership.active:
             self.healing.alone(self._now)
@@ -274,6 +278,8 @@ class Overlay:
             self._dirty = event.peer
 
     def _frame(self, link: Link, frame: wire.Frame, now: float) -> None:
+        if not link.up and isinstance(frame, _NEIGHBOURLY):
+            self.membership.stray(link, now)
         match frame:
             case wire.Gossip():
                 self._review |= self.intake.gossip(link, frame, now)

@@ -348,7 +348,7 @@ class Puller:
     def _give_up_at(self, peer: bytes, queue: _Queue) -> float:
         config = self.config
         patience = self._links[peer].round_trip.timeout(config.patience, config.patience_min, config.patience)
-        return queue.progress_at + min(patience * 2**queue.failures, config.patience_max)
+        return queue.progress_at + min(patience * float(2**queue.failures), config.patience_max)
 
     def _release(self, queue: _Queue) -> None:
         for id in queue.asked:

@@ -114,9 +114,9 @@ def publish(run: Run, senders: Senders, count: int, progress: Progress = lambda 
 
 
 def fail(run: Run) -> None:
-    """A share of the peers dies at once."""
-    net = run.net
-    for peer in net.rng.sample(net.living, round(run.parameters.fail * len(net.living))):
+    """A share of the peers dies at once; two are left at least."""
+    net, count = run.net, len(run.net.living)
+    for peer in net.rng.sample(net.living, min(round(run.parameters.fail * count), count - 2)):
         net.crash(peer)
 
 
@@ -161,6 +161,7 @@ def perform(parameters: Parameters, progress: Progress = lambda share: None) -> 
     net.run(parameters.settle)
     progress(0.4)
     net.loss = parameters.loss
+    net.reordering = parameters.loss > 0  # as with datagrams: what was lost keeps nothing waiting
     senders = Senders(net, parameters.senders)
     publish(run, senders, parameters.warmup)
     net.run(1.0)

@@ -7,7 +7,7 @@ The terms are those of the papers (HyParView, DSN 2007, section 2.5; Plumtree, S
 - *RMR*, relative message redundancy: ``m / (n - 1) - 1``, where ``m`` frames with a body (Gossip, Transfer) were sent for a message
   and ``n`` peers have it, author included. 0 is a perfect tree; flooding over a graph of degree ``d`` has about ``d - 2``.
 - *LDH*, last delivery hop, of a message: the most hops that it made to anyone.
-- *Latency*: from publication to delivery to the application, in order; of one message to one peer.
+- *Latency*: from publication to delivery to the application, in order; of one message to one peer that was there from the start.
 """
 
 from __future__ import annotations
@@ -106,8 +106,10 @@ class Recorder:
             return
         reached[peer.index] = 1
         broadcast.receivers.append(peer.index)
-        broadcast.latencies.append(self.net.now - broadcast.at)
         broadcast.last_at = self.net.now
+        if peer.born > broadcast.at:
+            return  # it caught up: how late it came says nothing about the way
+        broadcast.latencies.append(self.net.now - broadcast.at)
         broadcast.late += delivery.late
         record = peer.overlay.log.get(envelope.id)
         if record is not None and record.hops > broadcast.hops:
