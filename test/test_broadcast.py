@@ -43,7 +43,7 @@ def spread(net: Network, peer: Peer, *payloads: bytes, seconds: float = 1.0) -> 
 
 def test_after_the_first_messages_each_comes_to_each_peer_about_once(seed: int) -> None:
     net = Network(seed, config=OverlayConfig(antientropy=NO_DIGESTS, heal_interval=1000.0))
-    peers = mesh(net, 30)
+    peers = mesh(net, 30, settle=40.0)
     meter = Meter(net)
     spread(net, peers[0], b"first")
     first = meter.take()["Gossip"]

@@ -123,7 +123,7 @@ def test_two_halves_that_believed_different_things_agree_when_they_meet(seed: in
     assert_convicted(net, [*halves[0], *halves[1]], puppet.author)
 
 
-@pytest.mark.parametrize("age", [0, 5_000, 2**40])
+@pytest.mark.parametrize("age", [0, 5_000, 2**40, 1_199_998])
 def test_a_proof_in_an_epoch_too_old_to_remember_ends_nowhere_in_a_storm(age: int, seed: int) -> None:
     net = Network(seed)
     peers = mesh(net, 5)
@@ -185,3 +185,26 @@ def test_an_equivocation_comes_with_its_proof(seed: int) -> None:
     (event,) = peers[1].equivocations
     assert isinstance(event, Equivocated)
     assert sorted(envelope.payloads for envelope in event.proof) == [(b"no",), (b"yes",)]
+
+
+def test_a_proof_that_fits_no_frame_is_shown_by_the_envelopes_themselves(seed: int) -> None:
+    net = Network(seed)
+    peers = mesh(net, 3)
+    puppet = Puppet(net)
+    puppet.connect(peers[0])
+    half = wire.MAX_ENVELOPE // 2
+    puppet.send(peers[0], gossip(puppet.seal(1, b"1" * half)))
+    puppet.send(peers[0], gossip(puppet.seal(1, b"2" * half)))
+    assert_convicted(net, peers, puppet.author)
+    longest = 0
+
+    def measure(sender: Peer, receiver: Peer, data: bytes) -> bool:
+        nonlocal longest
+        longest = max(longest, len(data))
+        return True
+
+    net.filter = measure
+    joiner = net.add_peer()
+    net.discover(joiner, peers[1])
+    assert_convicted(net, [*peers, joiner], puppet.author)
+    assert half < longest < wire.MAX_ENVELOPE + 100

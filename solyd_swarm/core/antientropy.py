@@ -25,8 +25,9 @@ FOLLOWED = -1
 """Stands for a round that the other side led."""
 MAX_OPENED = 4
 """Rounds of ours on one link that may be without an answer: bounds a peer that never answers. The oldest are forgotten."""
-FEWER = 2
-"""The side with this many times fewer items leads: being told of an id costs its 32 bytes, and asking for it next to nothing."""
+FEWER = 16
+"""The side with this many items fewer leads: being told of ids costs their 32 bytes each, and asking for a run of them next to
+nothing, while whoever leads with more has to offer them one by one. For fewer the time of one more message is not worth it."""
 
 
 class _Opened:
@@ -202,7 +203,7 @@ class AntiEntropy:
         if session.negentropy is not None or not self.config.rounds:
             return  # we lead a conversation with this peer already
         count = len(self._log.items)
-        if count > FEWER * frame.count + MUCH:
+        if count > frame.count + FEWER:
             if not session.opened:  # else it has our summary, or will soon have
                 self.open_round(link, now)
             return

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from solyd_swarm.core.antientropy import AntiEntropy, check_proof
 from solyd_swarm.core.broadcast import Broadcast
 from solyd_swarm.core.envelope import Envelope, Verifier, envelope_id, equivocate, equivocation_id, open_envelope
-from solyd_swarm.core.events import Action, Deliver, Equivocated, Send
+from solyd_swarm.core.events import Action, Deliver, Equivocated
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log, Outcome, Record
 from solyd_swarm.core.order import Delivery, Sequencer
-from solyd_swarm.core.wire import MAX_HOPS, Gossip, Proof, Transfer, encode
+from solyd_swarm.core.wire import MAX_HOPS, Gossip, Proof, Transfer
 from solyd_swarm.errors import RemoteProtocolError
 
 
@@ -93,6 +93,7 @@ class Intake:
                 return None if record is None else (record, envelope)
             case Outcome.EQUIVOCATION:
                 self._convicted(envelope.author, envelope.epoch, now)
+                self._antientropy.pulls.answered(link, equivocation_id(envelope.author, envelope.epoch), now)
             case Outcome.STALE | Outcome.EXPIRED:
                 self._antientropy.pulls.refuse(link, id, now)
         return None
@@ -130,9 +131,7 @@ class Intake:
         record = self._log.get(equivocation_id(author, epoch))
         if record is None or record.proof is None:
             return
-        one, other = record.proof
         self._out.append(Equivocated(author, epoch, record.proof))
-        data = encode(Proof(self._log.age_ms(record, now), one.body, one.signature, other.body, other.signature))
-        for peer in self._active:
+        for peer, link in self._active.items():
             if peer != without:
-                self._out.append(Send(peer, data))
+                self._antientropy.pulls.show(link, record.proof, self._log.age_ms(record, now))

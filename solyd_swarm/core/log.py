@@ -204,7 +204,8 @@ class Log:
         id = equivocation_id(author, epoch)
         record = self._records.get(id)
         known = self.ledger.is_silenced(author, epoch)
-        if (record is not None and record.stream is not None) or (known and id in self._dropped):
+        # Once it has expired here it stays so: else members would go on telling it to one another at the end of its time.
+        if (record is not None and record.stream is not None) or id in self._dropped:
             return False
         if record is not None:
             self._remove(record)

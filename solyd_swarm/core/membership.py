@@ -9,6 +9,7 @@ the active view are filled from the passive view, not only those of failed neigh
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 
 from solyd_swarm.core.events import Action, Addresses, Dial, NeighborDown, NeighborUp, Send
 from solyd_swarm.core.link import Link
@@ -54,9 +55,10 @@ class MembershipConfig:
     redial_pause_max: float = 30.0
     # Who goes on as our neighbour after this long has not heard that it is none: what was on its way has come by then.
     part_pause: float = 1.0
-    # The first trade of a neighbour for someone far away comes after a shuffle; the pause doubles each time, since trades cost the
-    # broadcast tree a branch, and a well-mixed graph stays so.
-    mix_interval: float = 10.0
+    # Trades of a neighbour for someone far away: so many, the pause doubling each time. They come early, since they disturb the
+    # broadcast tree, and a well-mixed graph stays so.
+    mix_interval: float = 3.0
+    mixes: int = 3
     # A dial plus a request, on a slow path; after that the next candidate gets its turn.
     request_timeout: float = 5.0
 
@@ -97,6 +99,7 @@ class Membership:
         self._mixing = b""  # dialled for a trade
         self._next_mix: float | None = None
         self._mix_pause = config.mix_interval
+        self._mixes = 0
         self._fill_pause = config.fill_interval
 
     @property
@@ -267,7 +270,9 @@ class Membership:
         if link.peer in self.active:
             return
         while len(self.active) >= self.config.active_size:
-            victim = self.active[self._rng.choice(list(self.active))]
+            # At random, as in the paper, but rather one that is no branch of the broadcast tree.
+            lazy = [peer for peer, other in self.active.items() if not other.eager]
+            victim = self.active[self._rng.choice(lazy or list(self.active))]
             self._send(victim.peer, Disconnect(self._others(victim.peer)))
             self._drop(victim, "made room for another neighbour")
             self._remember(victim.info, b"")
@@ -362,8 +367,10 @@ class Membership:
         if self._next_mix is None:
             self._next_mix = now + self._mix_pause * (0.5 + self._rng.random())
         elif self._next_mix <= now:
+            self._mixes += 1
             self._mix_pause *= 2
-            self._next_mix = now + self._mix_pause * (0.5 + self._rng.random())
+            is_last = self._mixes >= self.config.mixes
+            self._next_mix = inf if is_last else now + self._mix_pause * (0.5 + self._rng.random())
             self._mix(now)
         return min(self._next_fill, self._next_shuffle, self._next_mix)
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from solyd_swarm.core.broadcast import SERVED_BYTES
+from solyd_swarm.core.envelope import Envelope
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log
-from solyd_swarm.core.wire import MAX_BATCH, Gone, Have, Proof, Pull, Transfer, encode
+from solyd_swarm.core.wire import MAX_BATCH, MAX_ENVELOPE, Gone, Have, Proof, Pull, Transfer, encode
 
 MAX_QUEUE = 65_536
 """Ids still to be pulled from one peer: bounds a peer that advertises what nobody has. What does not fit is found again by a
@@ -293,13 +294,22 @@ class Puller:
                 later.append(id)
             elif record.proof is not None:
                 link.served += record.bodies_size
-                (one, other) = record.proof
-                self._send(link, Proof(age, one.body, one.signature, other.body, other.signature))
+                self.show(link, record.proof, age)
             elif record.envelope is not None:
                 link.served += record.bodies_size
                 link.note_sent(self._own_first(id))
                 self._send(link, Transfer(age, record.hops, record.envelope.body, record.envelope.signature))
         self.offer(link, later)
+
+    def show(self, link: Link, proof: tuple[Envelope, Envelope], age: int) -> None:
+        """Proves an equivocation: where two large envelopes would not fit one frame, by these themselves. `age` in milliseconds."""
+        one, other = proof
+        if one.size + other.size <= MAX_ENVELOPE:
+            self._send(link, Proof(age, one.body, one.signature, other.body, other.signature))
+            return
+        for envelope in proof:
+            link.note_sent()
+            self._send(link, Transfer(age, 0, envelope.body, envelope.signature))
 
     def _expand(self, runs: list[tuple[bytes, bytes]]) -> list[bytes]:
         """The ids of runs, at most `MAX_BATCH` of them. Of a run whose ends we do not know, only those ends."""

@@ -32,6 +32,8 @@ class Directory:
         self._memory = memory
         self._known: list[Peer] = []
         self._next_clean = 0.0
+        self.closed = False
+        """Whether it answers nobody any more."""
 
     def enlist(self, peer: Peer) -> None:
         """The peer announces itself, and asks from now on."""
@@ -41,7 +43,7 @@ class Directory:
 
     def _ask(self, peer: Peer) -> None:
         net = self.net
-        if not peer.alive:
+        if not peer.alive or self.closed:
             return
         if net.now >= self._next_clean:
             self._next_clean = net.now + self._memory / 6

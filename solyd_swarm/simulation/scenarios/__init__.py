@@ -1,8 +1,9 @@
 """All named scenarios."""
 
-from solyd_swarm.simulation.scenarios import trees
+from solyd_swarm.simulation.scenarios import failures, trees
 from solyd_swarm.simulation.scenarios.base import Outcome, Scenario
 
 __all__ = ["SCENARIOS", "Outcome", "Scenario"]
 
-SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for scenario in (*trees.SCENARIOS,)}
+_MODULES = (trees, failures)
+SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for module in _MODULES for scenario in module.SCENARIOS}
