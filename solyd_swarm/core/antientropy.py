@@ -258,7 +258,7 @@ class AntiEntropy:
         if session.resends == 0:
             link.round_trip.sample(now - session.asked_at)
         result = session.negentropy.reconcile(frame.message)
-        self.pulls.offer(link, result.have)
+        self.pulls.offer(link, result.have, now)
         self.pulls.enqueue(link, result.runs, now, soon=not session.settled)
         if result.reply is not None:
             session.paused = result.reply

@@ -128,8 +128,8 @@ class Healing:
         self._candidates.pop(peer, None)
 
     def settled(self, link: Link, equal: bool, now: float) -> None:
-        """A digest round has ended: who knows something else is worth a place."""
-        if self._comparing.pop(link.peer, None) is not None and not equal and not link.up:
+        """A digest round has ended: who knows something else is worth a place, unless that is merely on its way just now."""
+        if self._comparing.pop(link.peer, None) is not None and not equal and link.divided and not link.up:
             self._membership.request(link, now, high=True)
 
     def tick(self, now: float) -> float:

@@ -9,6 +9,7 @@ from solyd_swarm.core.events import Action, Deliver, Equivocated
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log, Outcome, Record
 from solyd_swarm.core.order import Delivery, Sequencer
+from solyd_swarm.core.pulling import DIVIDED_AGE
 from solyd_swarm.core.wire import MAX_HOPS, Gossip, Proof, Transfer
 from solyd_swarm.errors import RemoteProtocolError
 
@@ -67,6 +68,7 @@ class Intake:
         id = envelope_id(frame.body)
         taken = None if self._log.witnessed(id) else self._take(link, id, frame, now, pulled=True)
         link.note_received(id, True, matters=self._log.may_be_by(id, link.author))
+        link.divided |= taken is not None and frame.age > 1000 * DIVIDED_AGE
         self._broadcast.fetched(id)
         review = False
         if taken is not None:

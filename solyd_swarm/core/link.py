@@ -37,7 +37,9 @@ class Link:
         "author",
         "congested",
         "dialled",
+        "divided",
         "eager",
+        "gain",
         "info",
         "initiated",
         "overflow",
@@ -61,6 +63,8 @@ class Link:
         self.eager = True
         self.congested = False
         self.pruned_at = float("-inf")
+        self.divided = False  # one end has had messages that the other lacked for so long that no common neighbour told it
+        self.gain = 0.0  # hops by which its announcements were shorter than the tree, smoothed
         self.parted_at = 0.0  # when it left the active view, or we last told the peer that it is not in it
         self.round_trip = RoundTrip()
         self.served = 0  # bytes of bodies and digests that the frames at hand have asked for

@@ -7,7 +7,7 @@ wall clock matters.
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from heapq import heapify, heappop, heappush
@@ -117,6 +117,10 @@ class Log:
 
     def get(self, id: bytes) -> Record | None:
         return self._records.get(id)
+
+    def records(self) -> Iterable[Record]:
+        """All records, in the order in which they came."""
+        return self._records.values()
 
     def holds(self, id: bytes) -> bool:
         """Whether there is nothing left to ask for: the body is here, or was, or is known to be too old."""

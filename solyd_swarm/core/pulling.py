@@ -23,6 +23,8 @@ LOW_QUEUE = 4096
 """Ids left to be pulled from one peer at which it is asked for more: it lists them faster than it can give the bodies."""
 MAX_REFUSED = 65_536
 """Ids that a peer advertised and then did not give, per peer; they are not asked of it again for a while. The oldest go first."""
+DIVIDED_AGE = 5.0
+"""Seconds after which members of one swarm have told one another what is new: who lacks something older is of another half."""
 SHORT_RUN = 2
 """Ids that are asked for one by one; a longer run is asked for by its ends."""
 GONE_BYTES = 50
@@ -284,6 +286,7 @@ class Puller:
                 break
             record = self._log.get(id)
             age = 0 if record is None else self._log.age_ms(record, now)
+            link.divided |= age > 1000 * DIVIDED_AGE
             if record is None:
                 self._send(link, Gone(id, False, 0, 0))
             elif not record.bodies_size or (record.proof is None and age > frame.max_age):
@@ -299,7 +302,7 @@ class Puller:
                 link.served += record.bodies_size
                 link.note_sent(self._own_first(id))
                 self._send(link, Transfer(age, record.hops, record.envelope.body, record.envelope.signature))
-        self.offer(link, later)
+        self.offer(link, later, now)
 
     def show(self, link: Link, proof: tuple[Envelope, Envelope], age: int) -> None:
         """Proves an equivocation: where two large envelopes would not fit one frame, by these themselves. `age` in milliseconds."""
@@ -324,12 +327,14 @@ class Puller:
                 break
         return ids[:MAX_BATCH]
 
-    def offer(self, link: Link, ids: list[bytes]) -> None:
+    def offer(self, link: Link, ids: list[bytes], now: float) -> None:
         """Names what we hold and the peer does not, for it to pull."""
         for start in range(0, len(ids), MAX_BATCH):
             part = ids[start : start + MAX_BATCH]
             for id in part:
                 link.note_sent(self._own_first(id), owed=True)
+                record = self._log.get(id)
+                link.divided |= record is not None and now - record.born > DIVIDED_AGE
             self._send(link, Have(part))
 
     # -- time -------------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ class Peer:
     died: float | None = None
     wake_at: float | None = None
     zone: int = 0
+    frozen: bool = False
+    """It does nothing at all any more, and its channels stay open all the same."""
     clock_offset: float = 0.0
     """Seconds by which the peer's wall clock is ahead."""
     links: dict[bytes, Way] = field(default_factory=dict)
@@ -262,7 +264,7 @@ class Network:
 
     def feed(self, peer: Peer, event: Event) -> None:
         """Hands an event to a core and carries out what it asks for."""
-        if peer.died is None:
+        if peer.died is None and not peer.frozen:
             for action in peer.overlay.handle(event, self.now):
                 if type(action) is Send:
                     self._send(peer, action.peer, action.data)
@@ -322,7 +324,16 @@ class Network:
 
     def _connect(self, peer: Peer, other: Peer | None, action: Dial) -> None:
         across = self.partitioned and other is not None and other.zone != peer.zone
-        if other is None or not other.alive or not peer.alive or other is peer or other.id in peer.links or across:
+        if (
+            other is None
+            or not other.alive
+            or other.frozen
+            or peer.frozen
+            or not peer.alive
+            or other is peer
+            or other.id in peer.links
+            or across
+        ):
             self.feed(peer, DialFailed(action.instance, action.addresses))
             return
         channel = Channel(peer, other)
@@ -356,8 +367,7 @@ class Network:
         if self.filter is not None and not self.filter(peer, way.receiver, data):
             return
         if way.stuck is not None:
-            way.stuck.append(data)
-            way.stuck_bytes += len(data)
+            self._hold_back(way, data)
         else:
             self._transmit(way, data)
 
@@ -383,8 +393,17 @@ class Network:
             heappush(self._queue, (arrival, self._count, self._arrive, (way, data)))
 
     def _arrive(self, way: Way, data: bytes) -> None:
-        if way.channel.up:
+        if way.receiver.frozen:
+            self.hold(way)
+            self._hold_back(way, data)
+        elif way.channel.up:
             self.feed(way.receiver, Received(way.sender.id, [data]))
+
+    @staticmethod
+    def _hold_back(way: Way, data: bytes) -> None:
+        assert way.stuck is not None
+        way.stuck.append(data)
+        way.stuck_bytes += len(data)
 
     def hold(self, way: Way) -> None:
         """The receiver stops reading this link: what is sent over it stays in the sender's queue."""
