@@ -13,7 +13,6 @@ from solyd_swarm.core.pulling import DIVIDED_AGE
 from solyd_swarm.core.wire import MAX_HOPS, Gossip, Proof, Transfer
 from solyd_swarm.errors import RemoteProtocolError
 
-
 MAX_TRANSIT = 1.0
 """Seconds, at most, that an envelope is taken to have been on its way, half a round trip: bounds a peer that answers late to make what
 it relays look old. Without it members far apart would let an id expire at times that differ by all the hops between them, and
