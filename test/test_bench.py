@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-PAIR = Path(__file__).resolve().parent.parent / "bench" / "pair.py"
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+PAIR = BENCH / "pair.py"
 
 
 def run(*arguments: str) -> str:
@@ -57,3 +58,12 @@ def test_wrong_sizes_are_refused() -> None:
     done = subprocess.run([sys.executable, PAIR, "--messages", "0"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "give 1 or more" in done.stderr
+
+
+def test_digest_as_a_table() -> None:
+    done = subprocess.run([sys.executable, BENCH / "digest.py", "--items", "200", "2000"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    header, *rows = done.stdout.splitlines()
+    assert header.split() == ["items", "200", "2,000"]
+    assert len(rows) == 4
+    assert all(float(cell) > 0 for row in rows for cell in row.rsplit(maxsplit=2)[1:])

@@ -1,6 +1,7 @@
 """Plumtree: a tree forms, mends itself, and does not push to those who cannot take it."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from simulated import Puppet, digests, gossip, mesh, star
@@ -204,56 +205,55 @@ def test_pushes_that_one_end_believes_unwanted_end(seed: int) -> None:
 def test_optimisation_does_not_oscillate(seed: int) -> None:
     """With a threshold below what hops differ by anyway, every message would rebuild the tree."""
     net = Network(seed, latency=(0.001, 0.05), config=OverlayConfig(antientropy=NO_DIGESTS, heal_interval=1000.0))
-    peers = mesh(net, 40)
+    peers = mesh(net, 40, settle=40.0)
     for n in range(20):
         spread(net, peers[0], b"%d" % n)
     meter = Meter(net)
     for n in range(10):
         spread(net, peers[0], b"steady %d" % n)
-    assert meter.counts["empty Graft"] <= 3  # the frame of a swap
+    assert meter.counts["empty Graft"] <= 5  # the frame of a swap
     assert meter.counts["Gossip"] <= 10 * 39 * 1.2
+
+
+def two_ways(seed: int, hops: Callable[[int], tuple[int, int]], most: int) -> tuple[Peer, Puppet, Puppet]:
+    """A peer with two neighbours: what one pushes after so many hops the other announces with so many.
+
+    Returns:
+        The peer, who pushes, who announces; once there was a swap, or after `most` messages.
+    """
+    net = Network(seed, config=OverlayConfig(antientropy=NO_DIGESTS, heal_interval=1000.0))
+    peer = net.add_peer()
+    far, near = Puppet(net, "far"), Puppet(net, "near")
+    far.connect(peer)
+    near.connect(peer)
+    peer.overlay.neighbors[near.peer.id].eager = False
+    for n in range(1, most + 1):
+        envelope = far.seal(n, b"far")
+        pushed, announced = hops(n)
+        far.send(peer, gossip(envelope, hops=pushed))
+        net.run(0.05)
+        near.send(peer, wire.Ihave([envelope.id], [announced]))
+        net.run(0.05)
+        if peer.overlay.broadcast.swaps:
+            break
+    return peer, far, near
 
 
 def test_a_much_shorter_way_is_taken_once(seed: int) -> None:
     """Plumtree, section 3.8: a chain of ten gives way to a link that was lazy; not for one message, but for several."""
-    net = Network(seed, config=OverlayConfig(antientropy=NO_DIGESTS, heal_interval=1000.0))
-    one, other = mesh(net, 2)
-    puppet = Puppet(net)
-    puppet.connect(other)
-    link = other.overlay.neighbors[puppet.peer.id]
-    near = other.overlay.neighbors[one.id]
-    near.eager = False
-    messages = 0
-    while not near.eager and messages < 12:
-        messages += 1
-        envelope = puppet.seal(messages, b"far")
-        puppet.send(other, gossip(envelope, hops=12))
-        net.run(0.05)
-        announced = wire.Ihave([envelope.id], [1])
-        net._carry_out(one, Send(other.id, wire.encode(announced)))
-        net.run(0.05)
-    assert 2 <= messages <= 8
-    assert near.eager
-    assert not link.eager
-    assert len(puppet.heard_of(wire.Prune)) == other.overlay.broadcast.swaps == 1
+    peer, far, near = two_ways(seed, lambda n: (12, 1), 12)
+    assert 2 <= len(peer.messages) <= 8
+    assert peer.overlay.neighbors[near.peer.id].eager
+    assert not peer.overlay.neighbors[far.peer.id].eager
+    assert len(far.heard_of(wire.Prune)) == len(near.heard_of(wire.Graft)) == 1
 
 
 def test_what_is_shorter_for_one_sender_and_longer_for_the_next_changes_nothing(seed: int) -> None:
-    net = Network(seed, config=OverlayConfig(antientropy=NO_DIGESTS, heal_interval=1000.0))
-    one, other = mesh(net, 2)
-    puppet = Puppet(net)
-    puppet.connect(other)
-    near = other.overlay.neighbors[one.id]
-    near.eager = False
-    for n in range(1, 30):
-        envelope = puppet.seal(n, b"from here or there")
-        puppet.send(other, gossip(envelope, hops=12 if n % 2 else 1))
-        net.run(0.05)
-        announced = wire.Ihave([envelope.id], [1 if n % 2 else 12])
-        net._carry_out(one, Send(other.id, wire.encode(announced)))
-        net.run(0.05)
-    assert other.overlay.broadcast.swaps == 0
-    assert not near.eager
+    peer, far, near = two_ways(seed, lambda n: (12, 1) if n % 2 else (1, 12), 40)
+    assert len(peer.messages) == 40
+    assert peer.overlay.neighbors[far.peer.id].eager
+    assert not peer.overlay.neighbors[near.peer.id].eager
+    assert not far.heard_of(wire.Prune)
 
 
 # -- hostile peers --------------------------------------------------------------------------------------------
