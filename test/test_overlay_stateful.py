@@ -16,7 +16,7 @@ pick = st.integers(0, 2**16)
 
 
 class SwarmMachine(RuleBasedStateMachine):
-    """Joins, leaves, crashes, restarts, cuts, loss, duplication, publishing, hostile frames, and time."""
+    """Joins, leaves, crashes, restarts, cuts, loss, duplication, reordering, publishing, hostile frames, and time."""
 
     @initialize(seed=st.integers(0, 2**32), count=st.integers(2, 6), may_forget=st.integers(0, 3).map(lambda n: n == 3))
     def start(self, seed: int, count: int, may_forget: bool) -> None:
@@ -89,10 +89,14 @@ class SwarmMachine(RuleBasedStateMachine):
     def discover(self, n: int, m: int) -> None:
         self.net.discover(self.member(n), self.member(m))
 
-    @rule(loss=st.sampled_from([0.0, 0.0, 0.1, 0.5]), duplication=st.sampled_from([0.0, 0.0, 0.1]))
-    def weather(self, loss: float, duplication: float) -> None:
-        self.net.loss, self.net.duplication = loss, duplication
-        self.lossy = self.lossy or bool(loss or duplication)
+    @rule(
+        loss=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
+        duplication=st.sampled_from([0.0, 0.0, 0.1]),
+        reordering=st.sampled_from([False, False, True]),
+    )
+    def weather(self, loss: float, duplication: float, reordering: bool) -> None:
+        self.net.loss, self.net.duplication, self.net.reordering = loss, duplication, reordering
+        self.lossy = self.lossy or bool(loss or duplication or reordering)
 
     @rule(n=pick, frames=st.integers(1, 30))
     def attack(self, n: int, frames: int) -> None:
@@ -120,6 +124,7 @@ class SwarmMachine(RuleBasedStateMachine):
         net = self.net
         net.run(1.0)  # who is leaving has left
         net.loss = net.duplication = 0.0
+        net.reordering = False
         if self.puppet is not None:
             net.crash(self.puppet.peer)
         if self.lossy:  # what was lost on a link that promises not to lose stays unknown to its ends: new links

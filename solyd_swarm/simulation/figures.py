@@ -51,6 +51,9 @@ AGGREGATES: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
 }
 """How the figures of several seeds make one. Those of scenarios that are not named here are given for each seed only."""
 
+ALWAYS = ("reliability", "missed", "duplicates", "isolated", "rmr", "ldh", "latency_ms", "seconds_to_complete", "events")
+"""In every object; None where a scenario does not measure it."""
+
 
 def aggregate(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One figure for each of `AGGREGATES` that all runs have."""
@@ -97,6 +100,7 @@ def _single(task: Task, result: Result, *, clock: bool) -> dict[str, Any]:
     single |= {"seed": result.seed, "failures": result.outcome.failures}
     if task.scenario:
         single["rows"] = result.outcome.rows
+        single |= {name: None for name in ALWAYS if name not in single}
     if clock:
         single["events_per_second"] = events_per_second([result])
     return single
