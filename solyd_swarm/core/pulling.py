@@ -347,11 +347,7 @@ class Puller:
                 queue.refused.popitem(last=False)
             was_busy = queue.asked or queue.todo
             if queue.asked and now >= self._give_up_at(peer, queue):
-                queue.failures += 1
-                for id in queue.asked:
-                    self.refuse(self._links[peer], id, now, silent=True)
-                queue.complete = False
-                self._release(queue)
+                self._give_up(self._links[peer], queue, now)
             if was_busy:
                 self.pull_on(self._links[peer], now)
             if queue.asked:
@@ -359,6 +355,20 @@ class Puller:
             elif queue.todo:
                 times.append(next(iter(queue.todo.values()))[0])
         return times
+
+    def _give_up(self, link: Link, queue: _Queue, now: float) -> None:
+        """The peer is silent. Others get their turn; then it is asked again, but not without end."""
+        queue.failures += 1
+        asked = list(queue.asked)
+        self._release(queue)
+        if queue.failures > self.config.retries:
+            queue.complete = False
+            for id in asked:
+                self.refuse(link, id, now, silent=True)
+            return
+        self._run += 1
+        for id in asked:
+            queue.todo[id] = (now + self.config.silent_ttl, self._run)
 
     def _give_up_at(self, peer: bytes, queue: _Queue) -> float:
         config = self.config
