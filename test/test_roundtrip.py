@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solyd_swarm.core.roundtrip import RoundTrip
+from solyd_swarm.core.roundtrip import Peak, RoundTrip
 
 
 def test_the_first_sample_and_the_second_are_the_rfc_s() -> None:
@@ -35,3 +35,24 @@ def test_timeouts_stay_within_their_bounds(samples: list[float], least: float, m
     for sample in samples:
         estimate.sample(sample)
         assert least <= estimate.timeout(0.5, least, most) <= most
+
+
+def test_a_peak_is_remembered_while_short_times_follow() -> None:
+    peak = Peak()
+    assert peak.timeout(0.3, 0.0, 10.0) == 0.3
+    peak.sample(1.0)
+    for _ in range(20):
+        peak.sample(0.01)
+    assert 1.5 < peak.timeout(0.3, 0.0, 10.0) < 2.0
+    for _ in range(2000):
+        peak.sample(0.01)
+    assert peak.timeout(0.3, 0.0, 10.0) == pytest.approx(0.025)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1), st.floats(1, 100))
+def test_what_a_peak_allows_stays_within_its_bounds(samples: list[float], least: float, most: float) -> None:
+    peak = Peak()
+    for sample in samples:
+        peak.sample(sample)
+        assert least <= peak.timeout(0.5, least, most) <= most
+        assert peak.timeout(0.5, 0.0, 1e9) >= sample

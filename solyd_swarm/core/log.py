@@ -55,7 +55,8 @@ class Record:
     """One id that we know. `born`: when it was published, on our own monotonic clock.
 
     `envelope` is None where the body is gone; `proof` is set for the item that stands for an equivocation. `stream` is
-    (author, epoch); None where we know the id by hearsay only, as gone. `via`: the peer whose push brought it.
+    (author, epoch); None where we know the id by hearsay only, as gone. `via`: the peer whose push brought it,
+    at `heard_at`.
     """
 
     id: bytes
@@ -66,6 +67,7 @@ class Record:
     envelope: Envelope | None = None
     proof: tuple[Envelope, Envelope] | None = None
     via: bytes = b""
+    heard_at: float = 0.0
 
     @property
     def bodies_size(self) -> int:

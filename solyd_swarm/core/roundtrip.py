@@ -6,6 +6,8 @@ _VARIANCES = 4
 _GRANULARITY = 0.005
 """Seconds that a timer, a busy loop or a batch may add without the network having anything to do with it."""
 
+_FADING = 0.99
+
 
 class RoundTrip:
     """A smoothed time and its mean deviation (RFC 6298, section 2), in seconds.
@@ -32,3 +34,24 @@ class RoundTrip:
         if self.smoothed is None:
             return initial
         return min(max(self.smoothed + max(_GRANULARITY, _VARIANCES * self.variance), least), most)
+
+
+class Peak:
+    """The longest of the latest times, in seconds: for what takes turns between short and long, where a mean and its deviation forget
+    the long ones in between. It fades to a half in about seventy samples."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+
+    def sample(self, seconds: float) -> None:
+        """Takes in one measurement."""
+        self.seconds = seconds if self.seconds is None else max(seconds, _FADING * self.seconds)
+
+    def timeout(self, initial: float, least: float, most: float) -> float:
+        """How long to wait before something may be taken for lost: twice the peak, within bounds; `initial` without a
+        sample."""
+        if self.seconds is None:
+            return initial
+        return min(max(2 * self.seconds + _GRANULARITY, least), most)

@@ -15,6 +15,8 @@ from solyd_swarm.simulation.recorder import Broadcast, Recorder, Traffic, percen
 
 JOIN_PAUSE = 0.002
 """Seconds between two joins, where they come one after the other."""
+GRACE = 5.0
+"""Seconds before whoever has no neighbour counts as isolated."""
 
 Progress = Callable[[float], None]
 """Told which share of the run (0 to 1) is done, about."""
@@ -183,6 +185,7 @@ def perform(parameters: Parameters, progress: Progress = lambda share: None) -> 
     run.seconds_to_complete = drain(run, parameters.drain)
     run.recorder.missing(run.measured)
     if parameters.fail or parameters.churn or parameters.partition:
+        net.run(GRACE)  # who has joined or lost its neighbours this very moment is not isolated yet
         run.graph = measure(net.peers, parameters.seed)
     progress(1.0)
     return run
