@@ -368,17 +368,29 @@ def test_results_are_written_down_one_by_one(tmp_path: Path) -> None:
 
 
 def commands_of(document: str) -> list[str]:
-    return re.findall(r"^    (?:python -m solyd_swarm\.simulation)(.*)$", (ROOT / "docs" / document).read_text("utf-8"), re.MULTILINE)
+    return re.findall(r"^    (?:python -m solyd_swarm\.simulation)(.*)$", (ROOT / document).read_text("utf-8"), re.MULTILINE)
 
 
 def test_the_document_shows_commands_that_there_are() -> None:
     parser = commands._parser()
-    found = [shlex.split(line, comments=True) for line in commands_of("simulation.rst")]
+    found = [shlex.split(line, comments=True) for line in commands_of("docs/simulation.rst")]
     assert len(found) >= 5
     for words in found:
         arguments = parser.parse_args(words)
         if arguments.scenario != commands.LIST:
             commands._task(parser, arguments)
+
+
+def test_the_readme_s_command_runs() -> None:
+    (line,) = commands_of("README.rst")
+    done = subprocess.run(
+        [sys.executable, "-m", "solyd_swarm.simulation", *shlex.split(line), "--peers", "30", "--messages", "5", "--quiet"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reliability" in done.stdout
 
 
 def test_the_document_tells_of_all_figures_and_options() -> None:
