@@ -119,7 +119,15 @@ class BaseNode:
         self._bound_host: str = bound[0]
         self._reach = Reach(self._interfaces, bound, self.port)
         author = Author(self.identity.public_key, self.identity.sign)
-        self.endpoint = Endpoint(secrets.token_bytes(32), author, addresses=self.addresses, met=self._met, may_dial=may_dial)
+        self.endpoint = Endpoint(
+            secrets.token_bytes(32),
+            author,
+            addresses=self.addresses,
+            met=self._met,
+            may_dial=may_dial,
+            may_go=lambda host: self._reach.may_go_to(host),
+            changed=self._tell_addresses,
+        )
         self.endpoint.port = self.port
         self.sources: dict[str, Source] = {}
         self.problems: dict[str, str] = {}
@@ -149,11 +157,22 @@ class BaseNode:
     # -- where we are -----------------------------------------------------------------------------------------
 
     def addresses(self) -> Addresses:
-        """Where we can be dialled, furthest reach first; loopback only where there is nothing else."""
-        return self._reach.addresses()[:MAX_ADDRESSES]
+        """Where others may hear that we can be dialled, furthest reach first; loopback only where there is nothing else."""
+        return self.endpoint.outside.published(self._reach.addresses())[:MAX_ADDRESSES]
+
+    def set_mapped_addresses(self, addresses: Iterable[tuple[str, int]]) -> None:
+        """A router passes these of its public addresses (IP literal, TCP port) on to us; told to others once one has come in by them.
+
+        They replace those set before. On the loop.
+        """
+        self.endpoint.outside.set_mapped(addresses)
 
     def _renew_addresses(self) -> None:
         self._address_timer = self.home.loop.call_later(ADDRESS_INTERVAL, self._renew_addresses)
+        self.endpoint.outside.look(self._reach.addresses())
+        self._tell_addresses()
+
+    def _tell_addresses(self) -> None:
         me = make_peer_info(self.endpoint.instance, self.addresses())
         for membership in self._topics.values():
             membership.driver.overlay.membership.me = me
@@ -161,7 +180,7 @@ class BaseNode:
     @property
     def ticket(self) -> str:
         """A short text for ``bootstrap=`` of others: instance key and addresses, no topic."""
-        return make_ticket(self.endpoint.instance, self._reach.ticket_addresses(MAX_ADDRESSES))
+        return make_ticket(self.endpoint.instance, self._reach.ticket_addresses(MAX_ADDRESSES, self.addresses()))
 
     # -- life -------------------------------------------------------------------------------------------------
 
@@ -169,7 +188,7 @@ class BaseNode:
         if self._closing:
             return
         loop = self.home.loop
-        self._address_timer = loop.call_later(ADDRESS_INTERVAL, self._renew_addresses)
+        self._renew_addresses()
         self._starting = loop.create_task(self._start(), name="solyd_swarm start")
         self._guard = loop.create_task(self._watch_loop(), name="solyd_swarm node")
 
@@ -361,7 +380,7 @@ class BaseNode:
         if addresses and not allowed:
             log.debug("no allowed interface leads to %s", ", ".join(host for host, _ in addresses))
         addresses = allowed
-        self.endpoint.dial(Goal(topic_key, instance, addresses))
+        self.endpoint.dial(Goal(topic_key, instance, addresses, via))
 
     def describe_sources(self) -> dict[str, str]:
         """Each way of finding peers, and its state, in words."""

@@ -46,7 +46,7 @@ def parse_contact(text: str) -> Contact:
     """What one entry of ``bootstrap=`` says: a ticket or ``"host:port"`` (``"[::1]:port"`` for IPv6).
 
     Raises:
-        TicketError: it is neither; a ``ValueError``.
+        TicketError: it is neither, or names an address that nobody can be reached at; a ``ValueError``.
     """
     if not isinstance(text, str):
         raise OptionTypeError(f"bootstrap takes tickets and 'host:port' strings, not {type(text).__name__}: {text!r}")
@@ -59,6 +59,8 @@ def parse_contact(text: str) -> Contact:
     is_host = 0 < len(host) <= MAX_NAME and host.isprintable() and not set(host) & set(" /")
     if not (colon and is_host and is_port):
         raise TicketError(f"{text[:80]!r} is neither a ticket (`swarm.ticket` of a running swarm) nor 'host:port', port 1 to 65535")
+    if _is_nowhere(host):
+        raise TicketError(f"nobody can be reached at {host}: give the address of the machine that is to be found")
     return Contact(((host, int(port)),))
 
 
@@ -82,12 +84,27 @@ def _parse_ticket(text: str) -> Contact:
             raise TicketError("the ticket is damaged (its checksum is wrong): copy it again, whole")
         ticket = msgspec.msgpack.decode(body, type=_Body)
         for host, _ in ticket.addresses:
-            ipaddress.ip_address(host.partition("%")[0])
+            ipaddress.ip_address(host)
+            # Attack: a ticket, once pasted, would have us send to a whole network, or to ourselves.
+            if _is_nowhere(host):
+                raise TicketError(f"the ticket names {host}, where nobody can be reached: ask for another")
     except (binascii.Error, msgspec.DecodeError, RecursionError, ValueError) as error:
         if isinstance(error, TicketError):
             raise
         raise TicketError(f"not a ticket of this version: {text[:40]!r}; copy it again, whole") from error
     return Contact(ticket.addresses, ticket.instance)
+
+
+def _is_nowhere(host: str) -> bool:
+    """Whether it is an IP literal that no machine has: unspecified, multicast, broadcast, reserved. Names are not looked up."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        ip = ip.ipv4_mapped or ip
+    # 0.0.0.0/8 is "this network" (RFC 1122); 240.0.0.0/4 holds the broadcast address.
+    return ip.is_unspecified or ip.is_multicast or (ip.version == 4 and (ip.is_reserved or ip.packed[0] == 0))
 
 
 def _checksum(body: bytes) -> bytes:

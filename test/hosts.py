@@ -20,7 +20,8 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_interface
 from pathlib import Path
@@ -73,6 +74,18 @@ def _run(*command: str, text: str = "") -> str:
     return done.stdout
 
 
+def _forwards(switch: str, port: str) -> bool:
+    return "state forwarding" in _run("ip", "-n", switch, "-o", "-d", "link", "show", "dev", port)
+
+
+def _wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(otherwise)
+        time.sleep(0.01)
+
+
 @dataclass(eq=False)
 class Bridge:
     """A switch, to which hosts are plugged."""
@@ -113,6 +126,15 @@ class Interface:
 
     def put_back(self) -> Self:
         _run("ip", "-n", self.switch, "link", "set", self.port, "up")
+        return self.wait_for_carrier()
+
+    def wait_for_carrier(self) -> Self:
+        """Returns once both ends pass frames: the kernel sees to that in its own time, seconds where others make networks too."""
+
+        def passes() -> bool:
+            return "state UP" in self.host.run("ip", "-o", "link", "show", "dev", self.name) and _forwards(self.switch, self.port)
+
+        _wait_until(passes, f"no carrier at {self.name} of {self.host.name}")
         return self
 
     def unplug(self) -> None:
@@ -158,6 +180,7 @@ class Host:
         self.interfaces.append(interface)
         for address in addresses:
             interface.add(address)
+        interface.wait_for_carrier()
         if gateway:
             self.route("default", gateway)
         return interface
@@ -174,8 +197,8 @@ class Host:
         self.nft(
             f"""
             add table inet lab_{hook}
-            add chain inet lab_{hook} all {{ type filter hook {hook} priority 0; }}
-            add rule inet lab_{hook} all {what} drop
+            add chain inet lab_{hook} drops {{ type filter hook {hook} priority 0; }}
+            add rule inet lab_{hook} drops {what} drop
             """
         )
 
@@ -279,6 +302,14 @@ class Lab:
         _run("ip", "-n", self.switch, "link", "add", name, "type", "bridge", "mcast_snooping", "0")
         _run("ip", "-n", self.switch, "link", "set", name, "up")
         return Bridge(name)
+
+    def join(self, one: Bridge, other: Bridge) -> None:
+        """A cable between two switches. Returns once it passes frames."""
+        ends = [f"t{next(_numbers)}", f"t{next(_numbers)}"]
+        _run("ip", "-n", self.switch, "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for end, bridge in zip(ends, (one, other), strict=True):
+            _run("ip", "-n", self.switch, "-batch", "-", text=f"link set {end} master {bridge.name}\nlink set {end} up\n")
+        _wait_until(lambda: all(_forwards(self.switch, end) for end in ends), f"no carrier between {one.name} and {other.name}")
 
     def lan(self, count: int, network: str = "10.0.0.{}/24") -> list[Host]:
         """So many hosts on a new bridge, with the addresses 1, 2 ... of a network."""

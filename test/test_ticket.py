@@ -1,13 +1,17 @@
 """Tickets say where a node is, survive a chat, and are told from garbage."""
 
+from base64 import urlsafe_b64encode
 from collections.abc import Iterator
+from hashlib import blake2b
 
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from script_kit import ALONE, PATIENCE, Make, meet, party
 
 from solyd_swarm import Node, OptionTypeError, TicketError, pubsub
+from solyd_swarm.discovery.scope import scope_of
 from solyd_swarm.ticket import PREFIX, Contact, make_ticket, parse_bootstrap, parse_contact
 
 INSTANCE = bytes(range(32))
@@ -24,6 +28,7 @@ def make() -> Iterator[Make]:
     st.lists(st.tuples(st.ip_addresses().map(str), st.integers(1, 65535)), min_size=1, max_size=16, unique=True),
 )
 def test_round_trip(instance: bytes, addresses: list[tuple[str, int]]) -> None:
+    assume(all(scope_of(host) != "invalid" for host, _ in addresses))
     ticket = make_ticket(instance, tuple(addresses))
     assert parse_contact(ticket) == Contact(tuple(addresses), instance)
     assert ticket.startswith(PREFIX)
@@ -89,6 +94,69 @@ def test_an_address(text: str, address: tuple[str, int]) -> None:
 def test_no_address(text: str) -> None:
     with pytest.raises(TicketError, match="neither a ticket"):
         parse_contact(text)
+
+
+NOWHERE = [
+    *("0.0.0.0", "0.1.2.3", "224.0.0.251", "239.1.2.3", "240.0.0.1", "255.255.255.255"),
+    *("::", "ff02::fb", "ff02::1%eth0", "::ffff:224.0.0.1"),
+]
+"""Where no machine is: unspecified, multicast, broadcast, reserved."""
+
+
+def forged(*body: object) -> str:
+    """A ticket that says anything, with the right checksum."""
+    raw = msgspec.msgpack.encode(body)
+    checksum = blake2b(raw, digest_size=4, person=b"solyd ticket").digest()
+    return PREFIX + urlsafe_b64encode(raw + checksum).decode().rstrip("=")
+
+
+def test_the_forger_forges_well() -> None:
+    assert forged(INSTANCE, [("127.0.0.1", 7000)]) == make_ticket(INSTANCE, (("127.0.0.1", 7000),))
+
+
+@pytest.mark.parametrize("host", NOWHERE)
+def test_where_nobody_can_be_reached(host: str) -> None:
+    """Alone, or hidden behind an address that is good: the ticket is not to be trusted."""
+    for addresses in ([(host, 7000)], [("127.0.0.1", 7000), (host, 7000)]):
+        with pytest.raises(TicketError, match="where nobody can be reached"):
+            parse_contact(forged(INSTANCE, addresses))
+    with pytest.raises(TicketError, match="nobody can be reached at"):
+        parse_contact(f"[{host}]:7000" if ":" in host else f"{host}:7000")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        (INSTANCE, [("127.0.0.1", 0)]),
+        (INSTANCE, [("127.0.0.1", 65536)]),
+        (INSTANCE, [("127.0.0.1", -1)]),
+        (INSTANCE, [("127.0.0.1", True)]),
+        (INSTANCE, [("127.0.0.1", "7000")]),
+        (INSTANCE, [("127.0.0.1",)]),
+        (INSTANCE, [("example.org", 7000)]),
+        (INSTANCE, [("", 7000)]),
+        (INSTANCE, [("127.0.0.1%lo", 7000)]),
+        (INSTANCE, [("1" * 65, 7000)]),
+        (INSTANCE, [("127.0.0.1", 7000)] * 17),
+        (INSTANCE, []),
+        (INSTANCE,),
+        (INSTANCE[:31], [("127.0.0.1", 7000)]),
+        (INSTANCE + b"x", [("127.0.0.1", 7000)]),
+        (INSTANCE.hex(), [("127.0.0.1", 7000)]),
+        (None, None),
+        (),
+    ],
+)
+def test_a_ticket_that_was_made_up(body: tuple[object, ...]) -> None:
+    """Its checksum is right: whoever made it can count, and nothing else."""
+    with pytest.raises(TicketError, match="copy it again, whole"):
+        parse_contact(forged(*body))
+    with pytest.raises(TicketError):
+        pubsub("room", **ALONE, bootstrap=[forged(*body)])
+
+
+def test_a_ticket_of_a_later_version_may_say_more() -> None:
+    assert parse_contact(forged(INSTANCE, [("127.0.0.1", 7000)], "more")) == Contact((("127.0.0.1", 7000),), INSTANCE)
 
 
 def test_several() -> None:

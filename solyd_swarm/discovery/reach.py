@@ -38,9 +38,9 @@ class Reach:
         outside = [host for host in ranked if scope_of(host) != "loopback"]
         return tuple((host, self._port) for host in outside or ranked)
 
-    def ticket_addresses(self, most: int) -> tuple[tuple[str, int], ...]:
-        """Those, with loopback for others on this machine as far as we listen there; at least one."""
-        found = self.addresses()[: most - 1]
+    def ticket_addresses(self, most: int, told: tuple[tuple[str, int], ...] | None = None) -> tuple[tuple[str, int], ...]:
+        """Those (or those of them that are `told`), with loopback for others on this machine as far as we listen there; at least one."""
+        found = (self.addresses() if told is None else told)[: most - 1]
         if self._is_everywhere and not self._interfaces:
             found += (("127.0.0.1", self._port),)
         return tuple(dict.fromkeys(found or (("127.0.0.1" if self._is_everywhere else self._bound[0], self._port),)))

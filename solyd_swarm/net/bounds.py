@@ -21,6 +21,8 @@ class EndpointLimits:
             where all are used the newcomer is refused.
         strangers: accepted connections that are not in use yet: bounds a flood of half-open ones. The oldest of the host that has
             most goes, so that a flood from one place leaves others in peace.
+        stranger: a channel on which no topic was ever agreed lasts so long from its connection on, handshake included: however slow
+            or busy an outsider is, it is sent away within ten seconds.
         idle: a channel that no topic uses stays open so long.
         meeting: a channel has so long to be taken into use, and then to agree on a topic it was wanted for.
         sweep: between two looks at all that.
@@ -30,6 +32,7 @@ class EndpointLimits:
 
     channels: int = 256
     strangers: int = 128
+    stranger: float = 8.0
     idle: float = 10.0
     meeting: float = 3.0
     sweep: float = 1.0

@@ -71,13 +71,15 @@ class Channel(asyncio.BufferedProtocol):
         payload: at most 1,024 bytes that the other side finds in `remote_payload`.
         prologue: must be equal on both sides.
         limits: see `Limits`.
+        may_cross: the other side may have dialled as well, and both have met in this connection.
 
     Attributes:
-        initiator: whether this side dialled.
+        initiator: whether this side dialled; if both did, to one connection, one of them gives way in the handshake.
         bytes_in, bytes_out: bytes received, and bytes handed to the socket, as on the wire.
         opened_at: loop time at which the handshake completed; 0.0 before.
         remote_address: IP literal (an IPv4 address mapped into IPv6 is given as IPv4; link-local ones with their zone) and port;
             ``("", 0)`` before the connection, or where the system does not tell.
+        local_address: the same of this end.
 
     Raises:
         ValueError: the key is not 32 bytes long, or the payload is too long.
@@ -92,15 +94,17 @@ class Channel(asyncio.BufferedProtocol):
         payload: bytes = b"",
         prologue: bytes = PROLOGUE,
         limits: Limits = DEFAULT_LIMITS,
+        may_cross: bool = False,
     ) -> None:
         self.initiator = initiator
         self.bytes_in = 0
         self.bytes_out = 0
         self.opened_at = 0.0
         self.remote_address: tuple[str, int] = ("", 0)
+        self.local_address: tuple[str, int] = ("", 0)
         self._owner = owner
         self._limits = limits
-        self._session = NoiseSession(initiator, static_private, prologue=prologue, payload=payload)
+        self._session = NoiseSession(initiator, static_private, prologue=prologue, payload=payload, may_cross=may_cross)
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport  # from connection_made on: in every state but NEW
         self._state = _State.NEW
@@ -128,6 +132,11 @@ class Channel(asyncio.BufferedProtocol):
     def is_open(self) -> bool:
         """Whether the handshake is complete and nobody has begun to close: what is sent now is queued."""
         return self._state is _State.OPEN
+
+    @property
+    def crossed(self) -> bool:
+        """Whether both sides dialled, and met in one connection."""
+        return self._session.crossed
 
     @property
     def remote_instance(self) -> bytes:
@@ -250,6 +259,7 @@ class Channel(asyncio.BufferedProtocol):
             self._transport.abort()
             return
         self.remote_address = read_address(transport.get_extra_info("peername"))
+        self.local_address = read_address(transport.get_extra_info("sockname"))
         endpoint = transport.get_extra_info("socket")
         if endpoint is not None:
             endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -335,6 +345,7 @@ class Channel(asyncio.BufferedProtocol):
 
     def _read_handshake(self, message: bytes) -> None:
         reply = self._session.read_handshake(message)
+        self.initiator = self._session.initiator
         if reply:
             self._write(reply)
         if self._session.complete:

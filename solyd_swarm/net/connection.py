@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from solyd_swarm.core.events import Addresses, LinkUp, Received
 from solyd_swarm.errors import RemoteProtocolError
+from solyd_swarm.net import reach_frames
 from solyd_swarm.net.channel import Channel
 from solyd_swarm.net.goals import Goal, Goals
 from solyd_swarm.net.limits import LOW_MARK
@@ -72,6 +73,9 @@ class Handler(Protocol):
     def greeted(self, connection: "Connection") -> None:
         """The peer's greeting has changed."""
 
+    def told(self, connection: "Connection", frame: bytes) -> None:
+        """A frame about where we, or others, can be reached. Raises `RemoteProtocolError`."""
+
     def matched(self, connection: "Connection", changes: list[Change]) -> None:
         """Topics were agreed, or withdrawn."""
 
@@ -90,6 +94,9 @@ class Connection:
         stamp: of the peer's USE; None until it came.
         since: loop time at which it was made.
         idle_since: loop time since which no topic has used it; None while one does, or before that was looked at.
+        asked: for a channel of two that dialled each other at once, whether it was we who wanted it; else None.
+        incidental: that it came about says nothing about whether we can be dialled.
+        refused_until: the peer does not try our addresses for us before that, or not again.
         detached: out of service: no frame counts any more.
     """
 
@@ -104,6 +111,9 @@ class Connection:
         self.stamp: int | None = None
         self.since = loop.time()
         self.idle_since: float | None = None
+        self.asked: bool | None = None
+        self.incidental = False
+        self.refused_until = 0.0
         self.detached = False
         self._handler = handler
         self.channel = make(self)
@@ -130,13 +140,18 @@ class Connection:
         seen = ((self.host, self.hello.port),) if self.hello.port else ()
         told = tuple(address for address in self.matcher.remote_addresses if may_dial(address[0], self.host))
         addresses = tuple(dict.fromkeys(seen + told))
-        return LinkUp(self.instance, self.matcher.remote_author, addresses, self.channel.initiator, dialled)
+        initiated = self.channel.initiator if self.asked is None else self.asked
+        return LinkUp(self.instance, self.matcher.remote_author, addresses, initiated, dialled)
 
-    def use(self, stamp: int, identity: Identity, addresses: Callable[[], Addresses]) -> Matcher:
-        """We use this channel from now on, and tell the peer."""
+    def use(self, stamp: int, identity: Identity, addresses: Callable[[], Addresses], may_dial: Callable[[str, str], bool]) -> Matcher:
+        """We use this channel from now on, and tell the peer. Addresses inside our network are told inside it only."""
         channel = self.channel
+
+        def usable() -> Addresses:
+            return tuple(address for address in addresses() if may_dial(address[0], self.host))
+
         channel.send(bytes([USE]) + _encode(_Use(stamp)))
-        self.matcher = Matcher(channel.initiator, channel.handshake_hash, channel.send, identity, addresses)
+        self.matcher = Matcher(channel.initiator, channel.handshake_hash, channel.send, identity, usable)
         return self.matcher
 
     def greet(self, port: int, dht_port: int) -> None:
@@ -187,6 +202,8 @@ class Connection:
             self._handler.used(self)
         elif self.matcher is None:
             return  # not in use: nothing counts before USE
+        elif frame[0] in reach_frames.TYPES:
+            self._handler.told(self, frame)
         elif frame[0] == GREETING:
             self.hello = decode_hello(memoryview(frame)[1:])
             self._handler.greeted(self)

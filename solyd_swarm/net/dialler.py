@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from solyd_swarm.core.events import Addresses
 from solyd_swarm.net.channel import Channel
 from solyd_swarm.net.goals import Goal
+from solyd_swarm.net.listening_port import ListeningPort
 from solyd_swarm.net.sockaddr import socket_address
 
 log = logging.getLogger("solyd_swarm.net.dialler")
@@ -31,9 +33,18 @@ class Dialler:
             handshake completes.
         failed: told of a goal that nobody answered for.
         timeout: seconds for one address.
+        port: opens the sockets.
     """
 
-    def __init__(self, make: Callable[[list[Goal]], Attempt], failed: Callable[[Goal], None], *, timeout: float = CONNECT_TIMEOUT) -> None:
+    def __init__(
+        self,
+        make: Callable[[list[Goal]], Attempt],
+        failed: Callable[[Goal], None],
+        *,
+        timeout: float = CONNECT_TIMEOUT,
+        port: ListeningPort | None = None,
+    ) -> None:
+        self._port = port or ListeningPort()
         self._make = make
         self._failed = failed
         self._timeout = timeout
@@ -105,16 +116,36 @@ class Dialler:
         return False
 
     async def _connect(self, goals: list[Goal], host: str, port: int) -> Attempt:
-        family, address = socket_address(host, port)
-        endpoint = socket.socket(family, socket.SOCK_STREAM)
+        endpoint = await connect(self._port, host, port)
         try:
-            endpoint.setblocking(False)
-            loop = asyncio.get_running_loop()
-            await loop.sock_connect(endpoint, address)
             channel, ready = self._make(goals)
-            await loop.create_connection(lambda: channel, sock=endpoint)
+            await asyncio.get_running_loop().create_connection(lambda: channel, sock=endpoint)
         except BaseException:
             with contextlib.suppress(OSError):
                 endpoint.close()
             raise
         return channel, ready
+
+
+async def connect(listening: ListeningPort, host: str, port: int, *, always: bool = False) -> socket.socket:
+    """A TCP connection to an IP literal, from the port listened on where that is of use (see `ListeningPort.open`) and possible.
+
+    Raises ``OSError``, ``ValueError`` or ``OverflowError``.
+    """
+    _, address = socket_address(host, port)
+    endpoint, shares = listening.open(host, port, always=always)
+    try:
+        try:
+            await asyncio.get_running_loop().sock_connect(endpoint, address)
+        except OSError as error:
+            if always or not shares or error.errno not in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
+                raise
+            # The two ports have a connection already, or had one a moment ago.
+            endpoint.close()
+            endpoint = ListeningPort().open(host, port)[0]
+            await asyncio.get_running_loop().sock_connect(endpoint, address)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            endpoint.close()
+        raise
+    return endpoint

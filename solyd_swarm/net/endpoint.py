@@ -7,6 +7,7 @@ import asyncio
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Callable, Iterable
 
 from solyd_swarm.core.events import Addresses, DialFailed, LinkDown
@@ -16,8 +17,10 @@ from solyd_swarm.net.connection import Connection, encode_hello
 from solyd_swarm.net.dialler import Attempt, Dialler
 from solyd_swarm.net.driver import Driver
 from solyd_swarm.net.goals import Goal, Goals
+from solyd_swarm.net.listening_port import ListeningPort
 from solyd_swarm.net.matching import TOPIC, Change, Identity
 from solyd_swarm.net.noise import MAX_FRAME, public_key
+from solyd_swarm.net.outside import Outside
 from solyd_swarm.net.places import Places
 
 log = logging.getLogger("solyd_swarm.net.endpoint")
@@ -32,6 +35,8 @@ class Endpoint:
         met: told (IP literal, DHT port) of every instance that we have a channel with.
         addresses: where we listen, as told to members of a common topic.
         may_dial: whether an address that a peer told us may be dialled: (IP literal, IP literal of the peer).
+        may_go: whether packets may go to an IP literal.
+        changed: called when other addresses of ours than before may be told.
         limits: see `EndpointLimits`.
     """
 
@@ -43,6 +48,8 @@ class Endpoint:
         addresses: Callable[[], Addresses],
         met: Callable[[str, int], None] = lambda host, port: None,
         may_dial: Callable[[str, str], bool] = lambda address, teller: True,
+        may_go: Callable[[str], bool] = lambda host: True,
+        changed: Callable[[], None] = lambda: None,
         limits: EndpointLimits = DEFAULT_BOUNDS,
     ) -> None:
         self.instance = public_key(static_private)
@@ -65,7 +72,18 @@ class Endpoint:
         self._stamp = secrets.randbits(40)  # of our USE frames; the start says nothing of how many there were
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.TimerHandle | None = None
-        self._dialler = Dialler(self._make_dialled, self._dial_failed, timeout=limits.connect)
+        self._listening = ListeningPort()
+        self._dialler = Dialler(self._make_dialled, self._dial_failed, timeout=limits.connect, port=self._listening)
+        self.outside = Outside(
+            self._connections,
+            self._listening,
+            make=lambda: self._make_dialled([]),
+            make_visit=lambda owner: Channel(owner, True, static_private, payload=encode_hello(0, 0), limits=limits.channel),
+            failed=self._give_up,
+            may_dial=may_dial,
+            may_go=may_go,
+            changed=changed,
+        )
         self._closing = False
 
     # -- life -------------------------------------------------------------------------------------------------
@@ -74,6 +92,9 @@ class Endpoint:
         """Accepts on sockets that are bound already; owns them from now on."""
         loop = asyncio.get_running_loop()
         self._sweep()
+        sockets = list(sockets)
+        self._listening.use(sockets)
+        self.outside.port = self.port
         for bound in sockets:
             # In two steps, so that being cancelled in between leaves no server that nobody knows of.
             server = await loop.create_server(self._make_accepted, sock=bound, backlog=128, start_serving=False)
@@ -92,7 +113,7 @@ class Endpoint:
         await asyncio.sleep(0)
         for server in self._servers:
             server.close()
-        await self._dialler.close()
+        await asyncio.gather(self._dialler.close(), self.outside.close())
         for connection in [*self._strangers]:
             connection.channel.abort(reason)
         everyone = [*self._strangers, *self._connections.values(), *self._others]
@@ -178,6 +199,7 @@ class Endpoint:
             self._fail_soon(goal)
         else:
             self._dialler.dial(goal)
+            self.outside.puncher.dialling(goal, time.monotonic())
 
     def _is_taken(self, address: tuple[str, int], wanted: bytes) -> bool:
         """Whether we have reached another instance at this address and still have its channel, or it is ourselves."""
@@ -197,9 +219,14 @@ class Endpoint:
         return asyncio.get_running_loop().time() + self._limits.meeting
 
     def _fail_soon(self, goal: Goal) -> None:
-        asyncio.get_running_loop().call_soon(self._dial_failed, goal)
+        asyncio.get_running_loop().call_soon(self._give_up, goal)
 
     def _dial_failed(self, goal: Goal) -> None:
+        """Nobody answered; neighbours may help."""
+        if self._closing or goal.topic_key not in self._drivers or not self.outside.puncher.take(goal, time.monotonic()):
+            self._give_up(goal)
+
+    def _give_up(self, goal: Goal) -> None:
         driver = self._drivers.get(goal.topic_key)
         if driver is not None:
             driver.feed(DialFailed(goal.instance, goal.addresses))
@@ -222,7 +249,8 @@ class Endpoint:
     def _make(self, goals: list[Goal] | None) -> Connection:
         def make_channel(connection: Connection) -> Channel:
             payload = encode_hello(self.port, self.dht_port)
-            return Channel(connection, goals is not None, self._private, payload=payload, limits=self._limits.channel)
+            dials = goals is not None
+            return Channel(connection, dials, self._private, payload=payload, limits=self._limits.channel, may_cross=dials)
 
         connection = Connection(self, goals or [], make_channel)
         connection.channel.frame_limit = STRANGER_FRAME
@@ -238,6 +266,7 @@ class Endpoint:
             connection.goals.add(goal, self._meeting_ends())
         if connection.channel.initiator:
             self._places.reached(connection.channel.remote_address, connection.instance)
+        self.outside.handshaken(connection)
         current = self._connections.get(connection.instance)
         if connection.instance == self.instance:
             self._retire(connection, "that was ourselves")
@@ -277,13 +306,15 @@ class Endpoint:
         self._strangers.pop(connection, None)
         self._connections[connection.instance] = connection  # before the other one goes: the core may dial this peer then
         self._stamp += 1
-        matcher = connection.use(self._stamp, self._identity, self._addresses)
+        matcher = connection.use(self._stamp, self._identity, self._addresses, self._may_dial)
         log.debug("channel to %s port %d is up", *connection.channel.remote_address)
         if current is not None:
             self._replace(current, connection, "replaced by a newer connection")
         self._orphans.pop(connection.instance, Goals()).move_to(connection.goals)
         self._fail(connection.goals.take(lambda goal: goal.instance not in (b"", connection.instance)))
         self.greeted(connection)
+        for goal in self.outside.up(connection):
+            connection.goals.add(goal, self._meeting_ends())
         if not connection.detached:
             self.matched(connection, matcher.join(*self._drivers))
 
@@ -293,6 +324,9 @@ class Endpoint:
         self._retire(old, reason)
         for goal in goals:
             self._pursue(new, goal)
+
+    def told(self, connection: Connection, frame: bytes) -> None:
+        self.outside.handle(connection, frame)
 
     def greeted(self, connection: Connection) -> None:
         if connection.hello.dht_port:
@@ -329,6 +363,8 @@ class Endpoint:
         driver, matcher = self._drivers.get(topic_key), connection.matcher
         if driver is None or matcher is None or matcher.remote_author is None or connection.detached:
             return
+        if not connection.links:
+            self.outside.linked(connection)
         connection.links[topic_key] = driver
         self._places.met(connection.instance, connection.host)
         goals = connection.goals.take(lambda goal: goal.topic_key == topic_key)
@@ -386,12 +422,15 @@ class Endpoint:
         self._orphans = {instance: goals for instance, goals in self._orphans.items() if goals}
         for connection in list(self._connections.values()):
             self._fail(connection.goals.take_due(now))
-            if self._is_used(connection):
+            if connection.channel.frame_limit == STRANGER_FRAME and now - connection.since >= self._limits.stranger:
+                self._retire(connection, "no topic in common")
+            elif self._is_used(connection):
                 connection.idle_since = None
             elif connection.idle_since is None:
                 connection.idle_since = now
             elif now - connection.idle_since >= self._limits.idle - self._limits.sweep:
                 self._retire(connection, "no topic needs it")
+        self.outside.tick()
         self._sweeper = loop.call_later(self._limits.sweep, self._sweep)
 
     def traffic(self) -> tuple[int, int]:

@@ -1,18 +1,19 @@
 """What is dialled for, and what of it may still be reached."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from solyd_swarm.core.events import Addresses
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """For what a candidate is dialled: the topic, the instance expected (empty: whoever answers), its addresses."""
+    """For what a candidate is dialled: the topic, the instance expected (empty: whoever answers), its addresses, and who told them."""
 
     topic_key: bytes
     instance: bytes
     addresses: Addresses
+    via: bytes = field(default=b"", compare=False)
 
 
 class Goals:

@@ -7,6 +7,7 @@ messages are cut says nothing. A frame of length zero is a keepalive and carries
 Source: The Noise Protocol Framework, revision 34 (sections 5.1, 5.3, 7.5, 12.3 and 13).
 """
 
+import functools
 from collections import deque
 from struct import Struct
 
@@ -38,6 +39,7 @@ MAX_NONCE = 2**64 - 1
 _MESSAGE_LENGTH = Struct(">H")
 _FRAME_LENGTH = Struct(">I")
 _NONCE = Struct("<4xQ")  # ChaChaPoly (section 12.3): 32 zero bits, then the counter, little-endian
+_KEY_SIZE = 32
 _JOIN_BELOW = 4_096
 
 KEEPALIVE = _FRAME_LENGTH.pack(0)
@@ -63,6 +65,11 @@ class NoiseSession:
             dials, the initiator's (message 3) only by the responder: nothing secret belongs in either.
         ephemeral_private: for published test vectors only; fresh and random when not given.
         opening: payload of message 1, which travels in clear and which the other side ignores; for test vectors only.
+        may_cross: the other side may have dialled as well, to one and the same connection.
+
+    Attributes:
+        initiator: as given, until the other side turns out to have dialled as well.
+        crossed: it has.
 
     Raises:
         ValueError: the key is not 32 bytes long, or a payload is too long.
@@ -77,12 +84,15 @@ class NoiseSession:
         payload: bytes = b"",
         ephemeral_private: bytes | None = None,
         opening: bytes = b"",
+        may_cross: bool = False,
     ) -> None:
         if len(static_private) != 32 or (ephemeral_private is not None and len(ephemeral_private) != 32):
             raise ValueError("an X25519 private key has 32 bytes")
         if max(len(payload), len(opening)) > MAX_PAYLOAD:
             raise ValueError(f"a handshake payload has at most {MAX_PAYLOAD} bytes")
         self.initiator = initiator
+        self.crossed = False
+        self._may_cross = may_cross
         self.complete = False
         self._payload = payload
         self._opening = opening
@@ -95,7 +105,11 @@ class NoiseSession:
         self._receive_nonce = 0
         self._cipher_out: ChaCha20Poly1305
         self._cipher_in: ChaCha20Poly1305
+        self._make = functools.partial(self._prepare, static_private, prologue)
+        self._connection: NoiseConnection | None
+        self._make(initiator, ephemeral_private)
 
+    def _prepare(self, static_private: bytes, prologue: bytes, initiator: bool, ephemeral_private: bytes | None = None) -> None:
         connection = NoiseConnection.from_name(PROTOCOL_NAME)
         connection.set_prologue(prologue)
         if initiator:
@@ -104,7 +118,7 @@ class NoiseSession:
             connection.set_as_responder()
         connection.set_keypair_from_private_bytes(Keypair.STATIC, static_private)
         connection.start_handshake()
-        self._connection: NoiseConnection | None = connection
+        self._connection = connection
         # The library lets go of this object when the handshake completes, and with it of the remote static key.
         self._state = connection.noise_protocol.handshake_state
         if ephemeral_private is not None:  # past the library's setter, which warns
@@ -150,6 +164,9 @@ class NoiseSession:
         self._failed = True  # until proven otherwise: the library's state is of no use after a failure
         if len(message) > MAX_HANDSHAKE_MESSAGE:
             raise RemoteProtocolError("handshake message too long")
+        if self.initiator and self._may_cross and len(message) == _KEY_SIZE and not self._yields_to(message):
+            self._failed = False
+            return b""
         assert self._connection is not None
         try:
             payload = bytes(self._connection.read_message(message))
@@ -165,6 +182,22 @@ class NoiseSession:
         if self._connection.handshake_finished:
             self._split()
         return reply
+
+    def _yields_to(self, message: bytes) -> bool:
+        """Message 1 where message 2 was due: both ends have dialled (TCP simultaneous open, RFC 9293, section 3.5).
+
+        The smaller ephemeral key stays the initiator's, and the other's message 1 is ignored, once. Neither chooses its key knowing
+        the other's, and either role proves the same. The shortest message 2 is three times as long.
+        """
+        mine = bytes(self._state.e.public_bytes)
+        if self.crossed or mine == message:  # ours, sent back to us
+            raise RemoteProtocolError("handshake failed")
+        self.crossed = True
+        if mine < message:
+            return False
+        self.initiator = False
+        self._make(False)
+        return True
 
     def seal(self, plaintext: bytes) -> bytes:
         """Encrypt a stretch of the stream, of any length, into as few Noise messages as it takes, each with its length.
@@ -222,6 +255,7 @@ class NoiseSession:
         self._handshake_hash = bytes(self._connection.get_handshake_hash())
         self._remote_static = bytes(self._state.rs.public_bytes)
         self._connection = self._state = None
+        del self._make  # and the private key with it
         self.complete = True
 
     def _require_complete(self) -> None:
