@@ -436,6 +436,7 @@ def check_discovery(v: Vectors) -> None:
     assert v["mdns.txt"] == b"\x12n=" + nonce + b"\x12t=" + tag
     assert parse_txt(v["mdns.txt"]) == (nonce, tag)
     check_records(v)
+    check_skip(v)
     check_datagrams(v)
 
 
@@ -460,15 +461,28 @@ def check_records(v: Vectors) -> None:
         assert (found and [(address.host, address.port) for address in found.addresses]) == ([("192.0.2.1", 4001)] if content else None)
 
 
+def check_skip(v: Vectors) -> None:
+    salt, pair = v["dht.skip.salt"], (v["dht.slot"], v["dht.sequence"])
+    digest = blake2b(pair[0] + struct.pack(">Q", pair[1]), key=salt, digest_size=12, person=b"solyd dht skip").digest()
+    places = [word % (312 * 8) for word in struct.unpack(">3I", digest)]
+    assert v["dht.skip.places"] == places
+    filled = dht_wire.make_skip([pair], salt)
+    bits = int.from_bytes(filled[8:], "little")
+    assert filled[:8] == salt
+    assert bits == sum({1 << place for place in places})
+    assert dht_wire.Find(bytes(20), v["dht.key"], filled).skips(*pair)
+    assert not dht_wire.Find(bytes(20), v["dht.key"], filled).skips(pair[0], pair[1] + 1)
+
+
 def check_datagrams(v: Vectors) -> None:
     sender, other, call, token = bytes(range(20)), bytes(range(20, 40)), bytes(range(100, 120)), bytes(8)
     node = [other, b"\xc0\0\2\7", 4002]
     expected: dict[str, tuple[int, list[Any], type[Any]]] = {
         "ping": (0, ["ping", [sender]], dht_wire.Ping),
         "pong": (1, [other], dht_wire.Pong),
-        "find_node": (0, ["find_node", [sender, v["dht.key"]]], dht_wire.Find),
+        "find_node": (0, ["find_node", [sender, v["dht.key"], bytes(16)]], dht_wire.Find),
         "nodes": (1, [other, token, [node], 0, []], dht_wire.Found),
-        "find_value": (0, ["find_value", [sender, v["dht.key"]]], dht_wire.Find),
+        "find_value": (0, ["find_value", [sender, v["dht.key"], bytes(16)]], dht_wire.Find),
         "found": (1, [other, token, [node], 1, [v["dht.record"]]], dht_wire.Found),
         "store": (0, ["store", [sender, v["dht.key"], v["dht.public"], v["dht.record"], token]], dht_wire.Store),
         "stored": (1, [other, True], dht_wire.Stored),

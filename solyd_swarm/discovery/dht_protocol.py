@@ -10,20 +10,20 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
-from heapq import nsmallest
 from ipaddress import ip_address
 from typing import Any, TypeVar
 
 from kademlia.node import Node
 from kademlia.protocol import KademliaProtocol
-from kademlia.routing import RoutingTable
 from msgspec import Struct
 
 from solyd_swarm.discovery import dht_wire as wire
-from solyd_swarm.discovery.dht_storage import Entry, RateLimit, RecordStorage, network_of
+from solyd_swarm.discovery.dht_storage import Entry, RateLimit, RecordStorage, subscriber_of
+from solyd_swarm.discovery.dht_table import MAX_CONTACTS, Table
 from solyd_swarm.discovery.records import MAX_LIFE, SignedRecord, dht_key, verify
 from solyd_swarm.discovery.scope import may_dial, scope_of
 from solyd_swarm.errors import RemoteProtocolError
@@ -33,46 +33,13 @@ log = logging.getLogger("solyd_swarm.discovery.dht")
 REPLY_SECONDS = 1.0
 MAX_WAITING = 512
 MAX_GREETINGS = 32
-MAX_CONTACTS = 1_024
-MAX_PER_NETWORK = 32
 MAX_BUFFERED = 1 << 20
 STRIKES = 2
+MAX_AMPLIFICATION = 3
+"""How many times larger than the request a reply may be (RFC 9000, section 8.1): requests that want much are padded."""
 T = TypeVar("T", wire.Pong, wire.Found, wire.Stored)
 Host = tuple[str, int]
 """IP literal and UDP port."""
-
-
-class Table(RoutingTable):  # type: ignore[misc]
-    """The package's routing table; a full bucket's oldest node is checked without an orphaned task."""
-
-    def get_bucket_for(self, node: Node) -> int:
-        """Index of the bucket; ranges include both ends (the package leaves the upper one out, so such nodes were never removed)."""
-        return next(index for index, bucket in enumerate(self.buckets) if node.long_id <= bucket.range[1])
-
-    def add_contact(self, node: Node) -> None:
-        while True:
-            index = self.get_bucket_for(node)
-            bucket = self.buckets[index]
-            if bucket.add_node(node):
-                return
-            if not bucket.has_in_range(self.node) and bucket.depth() % 5 == 0:  # section 4.2 of the Kademlia paper
-                self.protocol.check(bucket.head())
-                return
-            self.split_bucket(index)
-
-    def find_neighbors(self, node: Node, k: int | None = None, exclude: Node | None = None) -> list[Node]:
-        """The closest nodes, exactly (the package takes the first ones that a walk over the buckets meets), closest first."""
-        self.buckets[self.get_bucket_for(node)].touch_last_updated()
-        others = (other for other in self.contacts() if other.id != node.id and not (exclude and other.same_home_as(exclude)))
-        return nsmallest(k or self.ksize, others, key=node.distance_to)
-
-    def contacts(self) -> list[Node]:
-        """Every node in the table."""
-        return [node for bucket in self.buckets for node in bucket.get_nodes()]
-
-    def get(self, node_id: bytes) -> Node | None:
-        """The node of that id."""
-        return self.buckets[self.get_bucket_for(Node(node_id))][node_id]
 
 
 class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
@@ -81,6 +48,10 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
     Args:
         stored: called with (key, record, sender's IP) when a peer stored a record here that is new.
         met: called with a node that has just got into the table.
+
+    Attributes:
+        refused: how many datagrams were dropped, by reason: ``"size"``, ``"request"`` and ``"reply"`` (malformed), ``"flood"``,
+            ``"amplified"`` (would have drawn a reply much larger than itself), ``"unasked"`` (a reply to nothing).
     """
 
     def __init__(
@@ -100,6 +71,9 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         self._waiting: dict[bytes, asyncio.Future[bytes | None]] = {}
         self._greeting: dict[Host, asyncio.Future[bytes | None]] = {}
         self._strikes: dict[bytes, int] = {}
+        self.refused: Counter[str] = Counter()
+        self._monotonic = monotonic
+        self._since: dict[bytes, float] = {}
         self._tokens = _Tokens(monotonic)
         # Attack: a flood of requests, or forged ones whose larger replies hit a victim. What exceeds the share of the (forged) sender
         # is dropped unanswered; replies to us are never limited.
@@ -123,13 +97,16 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
 
     def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
         host = _plain(addr)
+        reason = "size"
         try:
             kind, message_id, body = wire.split(data)
             if kind == wire.REPLY:
                 self._accept_reply(message_id, body)
             elif scope_of(host[0]) != "invalid" and host[1]:
+                reason = "request"
                 self._answer(host, message_id, body)
         except RemoteProtocolError as error:
+            self.refused[reason] += 1
             log.debug("dropped what %s:%d sent: %s", *host, error)
 
     def stop(self) -> None:
@@ -142,16 +119,21 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
 
     def _answer(self, host: Host, message_id: bytes, body: bytes) -> None:
         # Processes of this machine share one address and could be stopped by simpler means: only the common bound holds for them.
-        source = None if scope_of(host[0]) == "loopback" else network_of(host[0])
+        source = None if scope_of(host[0]) == "loopback" else subscriber_of(host[0])
         if not self._limit.allow(source):
-            raise RemoteProtocolError("too many requests")
+            self.refused["flood"] += 1
+            return
         request = wire.decode(body, wire.Request)
         if request.name not in self._handlers:
             raise RemoteProtocolError("an unknown request")
         kind, handler = self._handlers[request.name]
         arguments = wire.decode(request.arguments, kind)
-        reply = handler(host, arguments)
-        self._send(wire.frame(wire.REPLY, message_id, reply), host)
+        reply = wire.frame(wire.REPLY, message_id, handler(host, arguments))
+        # Attack: small requests with a forged sender draw large replies to a victim. Who asks for much has to send something too.
+        if len(reply) > MAX_AMPLIFICATION * (wire.HEAD_SIZE + len(body)):
+            self.refused["amplified"] += 1
+            return
+        self._send(reply, host)
         self.welcome_if_new(Node(arguments.sender, *host))
 
     def rpc_ping(self, host: Host, ping: wire.Ping) -> wire.Pong:
@@ -165,7 +147,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
     def rpc_find_value(self, host: Host, find: wire.Find) -> wire.Found:
         found = self.rpc_find_node(host, find)
         used = len(wire.frame(wire.REPLY, bytes(20), found)) + 16
-        records, total = self.storage.sample(find.key, wire.MAX_DATAGRAM - used)
+        records, total = self.storage.sample(find.key, wire.MAX_DATAGRAM - used, find.skips)
         return wire.Found(found.id, found.token, found.nodes, total, records)
 
     def rpc_store(self, host: Host, store: wire.Store) -> wire.Stored:
@@ -185,7 +167,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         """Send a request. The future ends with the reply's body, or with None after `REPLY_SECONDS` or when it could not be sent."""
         future: asyncio.Future[bytes | None] = self._loop.create_future()
         # Attack: whatever makes us ask, nothing makes us wait for more than this many at once.
-        if self.transport is None or self.transport.is_closing() or len(self._waiting) >= MAX_WAITING:
+        if not self.reaches(host[0]) or len(self._waiting) >= MAX_WAITING:
             future.set_result(None)
             return future
         message_id = secrets.token_bytes(20)
@@ -206,12 +188,12 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
             try:
                 reply = wire.decode(body, kind)
             except RemoteProtocolError as error:
+                self.refused["reply"] += 1
                 log.debug("dropped what %s replied: %s", node, error)
         if reply is None:
             self.strike(node)
             return None
         answered = Node(reply.id, node.ip, node.port)
-        self._strikes.pop(answered.id, None)
         self._add(answered)
         return reply
 
@@ -221,8 +203,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
             return
         self._strikes[node.id] = self._strikes.get(node.id, 0) + 1
         if self._strikes[node.id] >= STRIKES:
-            del self._strikes[node.id]
-            self.router.remove_contact(node)
+            self._remove(node)
 
     def welcome_if_new(self, node: Node) -> None:
         """Ask an unknown sender for its id; only if it answers it gets into the table. Nobody's records are handed on to it."""
@@ -259,25 +240,54 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         try:
             self._add(Node(wire.decode(body, wire.Pong).id, *host))
         except RemoteProtocolError as error:
+            self.refused["reply"] += 1
             log.debug("dropped what %s:%d replied: %s", *host, error)
 
+    def known_for(self, node: Node) -> float:
+        """Seconds since a node of the table was met."""
+        return self._monotonic() - self._since.get(node.id, self._monotonic())
+
+    def is_struck(self, node: Node) -> bool:
+        """Whether the last request to a node failed."""
+        return node.id in self._strikes
+
+    def reaches(self, ip: str) -> bool:
+        """Whether our socket is open and can send to that family of addresses."""
+        if self.transport is None or self.transport.is_closing():
+            return False
+        return ":" not in ip or len(self.transport.get_extra_info("sockname")) == 4
+
     def _add(self, node: Node) -> None:
-        if node.id == self.source_node.id or self.router.get(node.id) is not None:
+        """A node has answered: it is the most recent of its bucket, or new in the table."""
+        if node.id == self.source_node.id:
             return
-        contacts = self.router.contacts()
-        # Attack: one host plays many nodes to surround us. Its later ones are refused; nobody is evicted for them.
-        network, local = network_of(node.ip), scope_of(node.ip) == "loopback"
-        crowd = 0 if local else sum(network_of(other.ip) == network for other in contacts)
-        if len(contacts) >= MAX_CONTACTS or crowd >= MAX_PER_NETWORK:
+        known = self.router.get(node.id)
+        if known is not None:
+            # Attack: somebody takes the id of another node. The table goes on with the address that had it first, until that is dead.
+            if known.same_home_as(node):
+                self._strikes.pop(node.id, None)
+                self.router.add_contact(known)
+            return
+        if not self.router.has_room_for(node):
             return
         # A node that restarted at the same address has a new id; the old one is dead.
-        for other in contacts:
+        for other in self.router.contacts():
             if other.same_home_as(node):
-                self.router.remove_contact(other)
+                self._remove(other)
         self.router.add_contact(node)
         if self.router.get(node.id) is not None:
+            self._since[node.id] = self._monotonic()
+            if len(self._since) > 2 * MAX_CONTACTS:  # some were displaced in full buckets
+                present = {contact.id for contact in self.router.contacts()}
+                self._since = {node_id: since for node_id, since in self._since.items() if node_id in present}
+                self._strikes = {node_id: count for node_id, count in self._strikes.items() if node_id in present}
             log.debug("met DHT node %s", node)
             self._met(node)
+
+    def _remove(self, node: Node) -> None:
+        self.router.remove_contact(node)
+        self._strikes.pop(node.id, None)
+        self._since.pop(node.id, None)
 
     def _finish(self, message_id: bytes, timer: asyncio.TimerHandle, future: asyncio.Future[bytes | None]) -> None:
         timer.cancel()
@@ -286,17 +296,17 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
     def _accept_reply(self, message_id: bytes, body: bytes) -> None:
         # Twenty random bytes say who this is from; a host with several addresses may answer from another than it was asked at.
         future = self._waiting.get(message_id)
-        if future is not None and not future.done():
+        if future is None:
+            self.refused["unasked"] += 1
+        elif not future.done():
             future.set_result(body)
 
     def _send(self, datagram: bytes, host: Host) -> None:
-        if self.transport is None or self.transport.is_closing() or self.transport.get_write_buffer_size() > MAX_BUFFERED:
+        if not self.reaches(host[0]) or self.transport.get_write_buffer_size() > MAX_BUFFERED:
             return
-        six = len(self.transport.get_extra_info("sockname")) == 4
-        if six and ":" not in host[0]:
+        if ":" not in host[0] and len(self.transport.get_extra_info("sockname")) == 4:
             host = (f"::ffff:{host[0]}", host[1])
-        if six or ":" not in host[0]:
-            self.transport.sendto(datagram, host)
+        self.transport.sendto(datagram, host)
 
 
 class _Tokens:

@@ -5,15 +5,18 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import ip_address
+from itertools import chain, zip_longest
 
 from kademlia.storage import IStorage
 
 from solyd_swarm.discovery.records import SignedRecord
+from solyd_swarm.discovery.scope import scope_of
 
 SWEEP_SECONDS = 10.0
-OVERHEAD = 300
-"""Bytes charged per record on top of its own, for the objects around it."""
+OVERHEAD = 1_400
+"""Bytes charged per record on top of its own, for the objects around it: measured, where each record has a key to itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +24,8 @@ class Caps:
     """Bounds of a storage: records per key; bytes per source network and in total."""
 
     per_key: int = 256
-    per_source: int = 256 * 1024
-    total: int = 8 * 1024 * 1024
+    per_source: int = 512 * 1024
+    total: int = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +45,17 @@ class Entry:
         return len(self.record.raw) + OVERHEAD
 
 
-def network_of(ip: str) -> str:
-    """The unit that bounds are counted in: an IPv4 address, or an IPv6 /64, which is what one subscriber gets."""
+@lru_cache(4096)
+def subscriber_of(ip: str) -> str:
+    """What one subscriber has: an IPv4 address, or an IPv6 /64."""
     address = ip_address(ip)
     return address.packed[:8].hex() if address.version == 6 else ip
+
+
+@lru_cache(4096)
+def network_of(ip: str) -> str:
+    """The unit that bounds are counted in, which cannot be had in any number: a global IPv4 /24, another IPv4 address, or an IPv6 /64."""
+    return ip.rpartition(".")[0] if "." in ip and ":" not in ip and scope_of(ip) == "global" else subscriber_of(ip)
 
 
 class RecordStorage(IStorage):  # type: ignore[misc]
@@ -99,15 +109,26 @@ class RecordStorage(IStorage):  # type: ignore[misc]
         now = self._monotonic()
         return [entry for entry, expires in self._keys.get(key, {}).values() if expires > now]
 
-    def sample(self, key: bytes, size: int) -> tuple[list[bytes], int]:
+    def sample(self, key: bytes, size: int, skips: Callable[[bytes, int], bool] | None = None) -> tuple[list[bytes], int]:
         """Random records of a key whose raw bytes, with 3 bytes of framing each, fit into ``size`` bytes; and how many there are in all.
 
-        Random, so that whoever asks several times or several nodes sees all of them, and no order can be bought.
+        Random, so that whoever asks several nodes sees all of them, and no order can be bought; from each network in turn, so that one
+        that stored many does not hide the others.
+
+        Args:
+            skips: called with slot and sequence of a record: whether it is left out, also of the number.
         """
         entries = self.entries(key)
+        if skips is not None:
+            entries = [entry for entry in entries if not skips(entry.record.slot, entry.record.sequence)]
         random.shuffle(entries)
-        chosen = []
+        networks: dict[str, list[Entry]] = {}
         for entry in entries:
+            networks.setdefault(network_of(entry.sender) if entry.sender else "", []).append(entry)
+        chosen = []
+        for entry in chain.from_iterable(zip_longest(*networks.values())):
+            if entry is None:
+                continue
             size -= len(entry.record.raw) + 3
             if size < 0:
                 break

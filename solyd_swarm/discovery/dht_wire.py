@@ -4,6 +4,8 @@ A datagram is ``kind (0 request, 1 reply) | 20 random bytes that pair the two | 
 The package decodes whatever comes; here a datagram only ever raises `RemoteProtocolError`.
 """
 
+from collections.abc import Iterable
+from hashlib import blake2b
 from ipaddress import ip_address
 from typing import Annotated, Final, TypeVar
 
@@ -20,6 +22,12 @@ REPLY: Final = 1
 MAX_DATAGRAM: Final = 1_200
 """Bytes of a datagram: passes every path unfragmented (RFC 8899 starts there), and bounds what a forged request is amplified to."""
 
+HEAD_SIZE: Final = 21
+"""Bytes before the MessagePack."""
+SKIP_SALT: Final = 8
+SKIP_SIZE: Final = 320
+"""Bytes of a filter, its salt included: makes a ``find`` a third as long as the longest reply, even if there is nothing to skip."""
+
 NodeId = Annotated[bytes, Meta(min_length=20, max_length=20)]
 Record = Annotated[bytes, Meta(max_length=MAX_RECORD)]
 Token = Annotated[bytes, Meta(max_length=16)]
@@ -33,10 +41,22 @@ class Ping(Struct, array_like=True, frozen=True):
 
 
 class Find(Struct, array_like=True, frozen=True):
-    """Arguments of ``find_node`` and ``find_value``; the reply is a `Found`."""
+    """Arguments of ``find_node`` and ``find_value``; the reply is a `Found`.
+
+    Attributes:
+        skip: a Bloom filter of the records that the sender has, as `make_skip` makes it; all zero: none.
+    """
 
     sender: NodeId
     key: NodeId
+    skip: Annotated[bytes, Meta(max_length=SKIP_SIZE)] = bytes(SKIP_SIZE)
+
+    def skips(self, slot: bytes, sequence: int) -> bool:
+        """Whether the sender has this record; sometimes True although it has not."""
+        bits = self.skip[SKIP_SALT:]
+        if not any(bits):
+            return False
+        return all(bits[place >> 3] >> (place & 7) & 1 for place in _places(self.skip[:SKIP_SALT], len(bits), slot, sequence))
 
 
 class Store(Struct, array_like=True, frozen=True):
@@ -72,7 +92,7 @@ class Found(Struct, array_like=True, frozen=True):
         id: of the node that answers.
         token: what it wants to see in a ``store`` from this address.
         nodes: the closest it knows.
-        total: how many records it holds under the key.
+        total: how many records it holds under the key, those left out that the sender wants to skip.
         records: as many of them as fit, chosen at random.
     """
 
@@ -116,3 +136,22 @@ def decode(body: bytes | Raw, kind: type[T]) -> T:
         return msgspec.msgpack.decode(body, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise RemoteProtocolError(f"a malformed DHT datagram: {error}") from error
+
+
+def make_skip(records: Iterable[tuple[bytes, int]], salt: bytes) -> bytes:
+    """A filter of (slot, sequence) pairs. With another salt, others are skipped by mistake: of 256 pairs, 2% of the rest.
+
+    Args:
+        salt: `SKIP_SALT` random bytes.
+    """
+    bits = bytearray(SKIP_SIZE - SKIP_SALT)
+    for slot, sequence in records:
+        for place in _places(salt, len(bits), slot, sequence):
+            bits[place >> 3] |= 1 << (place & 7)
+    return salt + bytes(bits)
+
+
+def _places(salt: bytes, size: int, slot: bytes, sequence: int) -> list[int]:
+    # A keyed hash, so that no slot can be crafted that hides another one's record whatever the salt.
+    digest = blake2b(slot + sequence.to_bytes(8, "big"), key=salt, digest_size=12, person=b"solyd dht skip").digest()
+    return [int.from_bytes(digest[start : start + 4], "big") % (8 * size) for start in (0, 4, 8)]

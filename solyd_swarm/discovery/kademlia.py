@@ -13,30 +13,31 @@ from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, zip_longest
 from typing import Any, ClassVar
 
 from kademlia.node import Node
 
 from solyd_swarm.discovery.dht import DhtServer, Holder
+from solyd_swarm.discovery.dht_addresses import announced_addresses, furthest_reaching
+from solyd_swarm.discovery.dht_cache import CandidateCache
 from solyd_swarm.discovery.dht_protocol import MAX_GREETINGS, Host
-from solyd_swarm.discovery.interfaces import usable_interfaces
+from solyd_swarm.discovery.dht_wire import REPLICAS
 from solyd_swarm.discovery.records import MAX_ADDRESSES, MAX_LIFE, DayKeys, SignedRecord, day_of, open_record, seal, withdraw
 from solyd_swarm.discovery.scope import scope_of
 from solyd_swarm.discovery.source import Address, Candidate, Endpoint, Found, Source
-from solyd_swarm.errors import DiscoveryError, InterfaceError, RemoteProtocolError
+from solyd_swarm.errors import DiscoveryError, RemoteProtocolError
 
 log = logging.getLogger("solyd_swarm.discovery.kademlia")
 
-MAX_SEEN = 1_024
 MAX_CONTACTS = 32
+MAX_KNOWN = 64
+RECALLED_AT_ONCE = 16
 GREETINGS = 3
 SLOWEST_LOOKUP = 300.0
 ROUND_GAP = 1.0
 REFRESH_GAP = 5.0
 TABLE_REFRESH = 900.0
 GOODBYE_SECONDS = 0.3
-_PREFERENCE = {"global": 0, "private": 1, "link": 2, "loopback": 3}
 
 
 @dataclass(eq=False)
@@ -51,7 +52,8 @@ class _Topic:
     signed_at: float = float("-inf")
     holders: dict[int, list[Holder]] = field(default_factory=dict)
     accepted: dict[int, frozenset[tuple[bytes, int]]] = field(default_factory=dict)
-    seen: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
+    cache: CandidateCache = field(default_factory=CandidateCache)
+    repeated: float = float("-inf")
     due: float = 0.0
     last: float = float("-inf")
     asked: bool = False
@@ -74,6 +76,8 @@ class KademliaSource(Source):
         clock: Unix time in seconds; decides the day whose key is used, and orders own records.
         announce_interval: seconds between announcements; a record lives three times as long, at most 30 minutes.
         lookup_interval: seconds between look-ups at first; while nothing happens it grows to five minutes.
+        nodes: DHT nodes of an earlier time, as `known_nodes` returned them, best first: contacted at the start, and whenever we know
+            none. At most 64 are used; what is no IP literal and UDP port is left out.
     """
 
     name: ClassVar[str] = "dht"
@@ -86,6 +90,7 @@ class KademliaSource(Source):
         clock: Callable[[], float] = time.time,
         announce_interval: float = 600,
         lookup_interval: float = 30,
+        nodes: Iterable[tuple[str, int]] = (),
     ) -> None:
         self._host, self._wanted_port, self._clock = host, port, clock
         self._announce_interval, self._lookup_interval = announce_interval, lookup_interval
@@ -93,6 +98,8 @@ class KademliaSource(Source):
         self._topics: dict[bytes, _Topic] = {}
         self._by_key: dict[bytes, tuple[_Topic, DayKeys]] = {}
         self._contacts: OrderedDict[Host, None] = OrderedDict()
+        usable = [(node_host, number) for node_host, number in nodes if scope_of(node_host) != "invalid" and 0 < number < 65_536]
+        self._recalled: list[Host] = list(dict.fromkeys(usable))[:MAX_KNOWN]
         self._greeted: set[Host] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: DhtServer | None = None
@@ -109,6 +116,14 @@ class KademliaSource(Source):
         """Contacts in the routing table."""
         return 0 if self._server is None else self._server.nodes
 
+    def known_nodes(self) -> list[tuple[str, int]]:
+        """DHT nodes (IP literal, UDP port) that have answered, best first, at most 64: to be given as ``nodes`` another time.
+
+        Without any now, those given to this source. Call it before `close`.
+        """
+        known = [] if self._server is None else self._server.known_nodes(MAX_KNOWN)
+        return known or list(self._recalled)
+
     # The interface of sources.
 
     async def start(self, endpoint: Endpoint, found: Found) -> None:
@@ -116,17 +131,18 @@ class KademliaSource(Source):
         self._endpoint, self._found = endpoint, found
         host = self._host
         if endpoint.interfaces and host in ("0.0.0.0", "::"):
-            usable = [address.host for address in usable_interfaces(endpoint.interfaces)]
-            host = min(usable, key=lambda ip: (_PREFERENCE.get(scope_of(ip), 9), ":" in ip))
+            host = furthest_reaching(endpoint.interfaces)
         server = DhtServer(stored=self._on_stored, met=self._on_met)
         try:
-            await _listen(server, host, self._wanted_port)
+            await server.bind(host, self._wanted_port)
         except OSError as error:
             raise DiscoveryError(
                 f"the DHT cannot bind a UDP socket at {host} ({error}): name an address of this machine, or switch the DHT off"
             ) from error
         self._server = server
         self._spawn(self._keep_table(server), "table")
+        if self._recalled:
+            self._spawn(self._recall(server), "recall")
         for topic in self._topics.values():
             self._follow_in_task(topic)
 
@@ -147,9 +163,16 @@ class KademliaSource(Source):
 
     def refresh(self, topic_key: bytes) -> None:
         topic = self._topics.get(topic_key)
-        if topic is not None:
-            topic.delay = self._lookup_interval
-            topic.hasten(topic.last + REFRESH_GAP)
+        if topic is None or self._server is None:
+            return
+        topic.delay = self._lookup_interval
+        topic.hasten(topic.last + REFRESH_GAP)
+        # Attack: nodes around a key hide its records. Whoever was found before is tried again, whatever they answer now.
+        now = asyncio.get_running_loop().time()
+        if now - topic.repeated >= REFRESH_GAP:
+            topic.repeated = now
+            for candidate in topic.cache.recent():
+                self._found(topic_key, candidate)
 
     def contact(self, host: str, port: int) -> None:
         """We learned that a DHT node is at this IP literal and UDP port. Returns at once; a known one costs one datagram.
@@ -192,7 +215,7 @@ class KademliaSource(Source):
         if server is None or self._closed:
             return
         if server.nodes == 1 and not any(task.get_name() == "dht bootstrap" for task in self._tasks):
-            self._spawn(_discard(server.get(server.node.id)), "bootstrap")
+            self._spawn(self._settle(server), "bootstrap")
         now = asyncio.get_running_loop().time()
         for key, (topic, _) in self._by_key.items():
             if node.id in [near.id for near in server.protocol.router.find_neighbors(Node(key))]:
@@ -213,17 +236,15 @@ class KademliaSource(Source):
         except RemoteProtocolError as error:
             log.debug("%s has %s", learned_from, error)
             return
-        if announcement is None or announcement.instance == self._endpoint.instance or not announcement.addresses:
+        if announcement is None:
+            topic.cache.withdraw(record.slot, record.sequence)
             return
-        if topic.seen.get(announcement.instance, -1) >= record.sequence:
+        instance = announcement.instance
+        if instance == self._endpoint.instance or not announcement.addresses:
             return
-        topic.seen[announcement.instance] = record.sequence
-        topic.seen.move_to_end(announcement.instance)
-        # Attack: a member makes up instances. The one heard of longest ago is forgotten, and would be reported again.
-        while len(topic.seen) > MAX_SEEN:
-            topic.seen.popitem(last=False)
-        candidate = Candidate(announcement.addresses, self.name, announcement.instance, learned_from or None)
-        self._found(topic.key, candidate)
+        candidate = Candidate(announcement.addresses, self.name, instance, learned_from or None)
+        if topic.cache.add(record.slot, record.sequence, instance, candidate):
+            self._found(topic.key, candidate)
 
     # Announcing and looking.
 
@@ -256,6 +277,8 @@ class KademliaSource(Source):
         if not server.nodes:
             for address in self._contacts:
                 self._greet(server, address)
+            if self._recalled and not any(task.get_name() == "dht recall" for task in self._tasks):
+                self._spawn(self._recall(server), "recall")
         async with asyncio.TaskGroup() as group:
             for keys in topic.days.values():
                 group.create_task(self._visit(server, topic, keys))
@@ -309,21 +332,7 @@ class KademliaSource(Source):
         return self._sequence
 
     def _addresses(self) -> list[Address]:
-        """Where the node can be dialled: not on loopback, unless nothing else is allowed or exists. Empty while there is no network."""
-        try:
-            hosts = [address.host for address in usable_interfaces(self._endpoint.interfaces)]
-        except InterfaceError as error:
-            log.debug("nothing to announce: %s", error)
-            return []
-        kinds: dict[tuple[int, bool], list[str]] = {}
-        for host in hosts:
-            # A zone (IPv6 link-local) means nothing on another machine.
-            if "%" not in host and scope_of(host) != "invalid":
-                kinds.setdefault((_PREFERENCE[scope_of(host)], ":" in host), []).append(host)
-        wide = {kind: found for kind, found in kinds.items() if kind[0] != _PREFERENCE["loopback"]} or kinds
-        # In turn from each kind, so that a machine with many bridges still tells one address of every kind.
-        turns = chain.from_iterable(zip_longest(*[wide[kind] for kind in sorted(wide)]))
-        return [Address(host, self._endpoint.port) for host in turns if host][:MAX_ADDRESSES]
+        return announced_addresses(self._endpoint)[:MAX_ADDRESSES]
 
     async def _place_all(self, server: DhtServer, placements: Iterable[tuple[SignedRecord, list[Holder]]]) -> None:
         async with asyncio.TaskGroup() as group:
@@ -343,6 +352,20 @@ class KademliaSource(Source):
         return placements
 
     # Tasks.
+
+    async def _settle(self, server: DhtServer) -> None:
+        """The first node was met. The others are met through it; then the topics are looked up once more, where they really belong."""
+        await server.refresh()
+        for topic in self._topics.values():
+            topic.hasten(topic.last + ROUND_GAP)
+
+    async def _recall(self, server: DhtServer) -> None:
+        """Ask the nodes of an earlier time, until the table has a few."""
+        for start in range(0, len(self._recalled), RECALLED_AT_ONCE):
+            hosts = self._recalled[start : start + RECALLED_AT_ONCE]
+            await asyncio.gather(*[server.bootstrap_node(host) for host in hosts])
+            if server.nodes >= REPLICAS:
+                return
 
     async def _keep_table(self, server: DhtServer) -> None:
         while True:
@@ -374,17 +397,3 @@ class KademliaSource(Source):
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.debug("%s failed", task.get_name(), exc_info=error)
-
-
-async def _listen(server: DhtServer, host: str, port: int) -> None:
-    try:
-        await server.listen(port, host)
-    except OSError:
-        if not port:
-            raise
-        log.debug("UDP port %d is taken; using another", port)
-        await server.listen(0, host)
-
-
-async def _discard(work: Coroutine[Any, Any, Any]) -> None:
-    await work
