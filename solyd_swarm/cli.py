@@ -1,4 +1,4 @@
-"""The command ``solyd-swarm``; `solyd_swarm.pipe` tells what its ``pipe`` does.
+"""The command ``solyd-swarm``; `solyd_swarm.pipe` tells what its ``pipe`` does, `solyd_swarm.bootstrap_command` its ``bootstrap``.
 
 Exit status: 0; 1: see the command; 2: bad usage, or an error of this library, told in one sentence on standard error; 129, 130: left
 after SIGHUP, SIGINT. SIGTERM, SIGINT and SIGHUP leave, unless whoever started the command had them ignored; a second one ends at once.
@@ -13,7 +13,8 @@ import signal
 from collections.abc import Sequence
 from typing import NoReturn
 
-from solyd_swarm import OptionError, SwarmError, __version__, pubsub
+from solyd_swarm import OptionError, SwarmError, __version__, bootstrap_command, pubsub
+from solyd_swarm.doctor.command import add_doctor
 from solyd_swarm.pipe import STDERR, Pipe, Waiting, complain
 
 SECRET_VARIABLE = "SOLYD_SWARM_SECRET"
@@ -50,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"solyd-swarm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_pipe(commands)
+    _add_bootstrap(commands)
+    add_doctor(commands, _address, _secret)
     return parser
 
 
@@ -84,6 +87,28 @@ def _add_pipe(commands: "argparse._SubParsersAction[_Parser]") -> None:
     pipe.add_argument("--no-replay", dest="replay", action="store_false", help="do not print what was published before we came")
     pipe.add_argument("--ticket", action="store_true", help="write our own ticket, a line, to standard error")
     pipe.add_argument("-v", "--verbose", action="store_true", help="log what happens to standard error")
+
+
+def _add_bootstrap(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    bootstrap = commands.add_parser(
+        "bootstrap",
+        help="run a node of the distributed hash table that peers begin at",
+        description='Runs a node of the distributed hash table at a fixed place, for others to begin at: bootstrap="HOST:PORT". It joins'
+        " no topic. Once it listens it prints a line that says where, with its ticket. SIGTERM and SIGINT end it.",
+        epilog="Exit status: 0 ended; 1 the address is in use; 2 an error; 130 SIGINT.",
+    )
+    bootstrap.set_defaults(run=_bootstrap)
+    bootstrap.add_argument(
+        "--listen",
+        type=_address,
+        required=True,
+        metavar="HOST:PORT",
+        help="where to listen, by TCP and UDP; :PORT for all addresses, port 0 for any free one",
+    )
+    bootstrap.add_argument("--identity", metavar="PATH", help="a file that keeps who we are, made if missing (default: somebody new)")
+    bootstrap.add_argument("--mdns", action="store_true", help="look on the local network, too")
+    bootstrap.add_argument("--interfaces", metavar="NAME,...", help="addresses or names of the network interfaces that discovery may use")
+    bootstrap.add_argument("-v", "--verbose", action="store_true", help="log what happens to standard error")
 
 
 def _seconds(text: str) -> float:
@@ -153,6 +178,18 @@ def _pipe(arguments: argparse.Namespace) -> int:
         finally:
             with contextlib.suppress(TimeoutError):
                 swarm.leave().result(LEAVE)
-    if waiting.signal in (None, signal.SIGTERM):
-        return status
-    return 128 + (waiting.signal or 0)
+    return _status(waiting, status)
+
+
+def _bootstrap(arguments: argparse.Namespace) -> int:
+    waiting = Waiting()
+    with waiting.catching(signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        status = bootstrap_command.run(
+            waiting, listen=arguments.listen, identity=arguments.identity, mdns=arguments.mdns, interfaces=arguments.interfaces
+        )
+    return _status(waiting, status)
+
+
+def _status(waiting: Waiting, status: int) -> int:
+    """The exit status, of a signal where one has ended it."""
+    return status if waiting.signal in (None, signal.SIGTERM) else 128 + (waiting.signal or 0)

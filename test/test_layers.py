@@ -39,6 +39,8 @@ RANKS = {
     "pubsub": 6,
     "": 7,  # the package itself: what users import
     "pipe": 8,
+    "doctor": 8,
+    "bootstrap_command": 8,
     "cli": 8,
     "__main__": 9,
 }

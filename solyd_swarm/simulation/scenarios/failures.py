@@ -13,6 +13,8 @@ from solyd_swarm.simulation.scenarios.base import Outcome, Scenario
 
 CYCLE = MembershipConfig().shuffle_interval
 """Seconds of one membership cycle: the mean time between two shuffles of a peer."""
+CYCLES = 50
+"""Cycles before anybody dies, in which the views become what they will be, as in the paper."""
 PUBLISHED = {0.1: 0.99, 0.2: 0.99, 0.3: 0.99, 0.4: 0.99, 0.5: 0.99, 0.6: 0.99, 0.7: 0.99, 0.8: 0.99, 0.9: 0.99, 0.95: 0.9}
 """Share of dead peers -> HyParView's reliability: near 100 % up to 90 %, above 90 % at 95 %."""
 
@@ -71,8 +73,10 @@ def deaths(size: int, seed: int, progress: Progress) -> Outcome:
     """10 to 95 % of the peers die at once."""
     outcome = Outcome()
     run = prepare(Parameters(peers=size, messages=50, interval=0.1, latency=(1.0, 10.0), jitter=1.0, seed=seed))
-    form(run, lambda share: progress(0.3 * share))
-    run.net.run(30.0)
+    form(run, lambda share: progress(0.2 * share))
+    for cycle in range(CYCLES):
+        run.net.run(CYCLE)
+        progress(0.2 + 0.2 * cycle / CYCLES)
     publish(run, Senders(run.net, 1), 5)
     progress(0.4)
     jobs = [partial(_paper, run, share) for share in PUBLISHED] + [partial(_whole, run, share) for share in WHOLE]
