@@ -1,12 +1,15 @@
 """Which local addresses discovery may use."""
 
+import asyncio
+import struct
 from collections.abc import Callable
 from ipaddress import ip_address, ip_network
 
 import ifaddr
 import pytest
 
-from solyd_swarm.discovery.interfaces import LocalAddress, local_addresses, usable_interfaces
+from solyd_swarm.discovery import interfaces
+from solyd_swarm.discovery.interfaces import InterfaceWatch, LocalAddress, local_addresses, usable_interfaces
 from solyd_swarm.errors import DiscoveryError, InterfaceError
 
 
@@ -96,3 +99,31 @@ def test_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ifaddr, "get_adapters", refuse)
     with pytest.raises(InterfaceError, match="not permitted"):
         usable_interfaces([])
+
+
+async def test_changes_are_looked_for_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch, machine: Callable[..., None]) -> None:
+    def no_netlink() -> None:
+        raise OSError("no such thing here")
+
+    monkeypatch.setattr(interfaces, "_open_netlink", no_netlink)
+    monkeypatch.setattr(interfaces, "LOOK_INTERVAL", 0.01)
+    told: asyncio.Queue[bool] = asyncio.Queue()
+    machine(adapter("lo", 1, ("127.0.0.1", 8)))
+    watch = InterfaceWatch(told.put_nowait)
+    watch.start()
+    try:
+        machine(adapter("lo", 1, ("127.0.0.1", 8)), adapter("eth0", 2, ("fe80::7", 64)))
+        async with asyncio.timeout(5):
+            assert [await told.get(), await told.get()] == [False, False]  # the second for what may be used only by now
+    finally:
+        watch.close()
+        watch.close()
+
+
+def test_links_are_read_from_the_kernels_messages() -> None:
+    def message(kind: int, index: int, flags: int, attributes: bytes = b"") -> bytes:
+        return struct.pack("=IHHIIBxHiII", 32 + len(attributes), kind, 0, 0, 0, 0, 1, index, flags, 0) + attributes
+
+    data = message(16, 2, 0x1 | 0x40, b"1234") + message(20, 9, 0x40) + message(16, 3, 0x1) + message(17, 4, 0x40)
+    assert list(interfaces._read_links(data)) == [(2, True), (3, False), (4, False)]
+    assert list(interfaces._read_links(bytes(100))) == list(interfaces._read_links(data[:20])) == []

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import ip_address
@@ -19,11 +20,12 @@ from zeroconf import ServiceInfo, ServiceStateChange
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
 from solyd_swarm.core.keys import derive, derive_topic_key
-from solyd_swarm.discovery import mdns, mdns_link
+from solyd_swarm.discovery import mdns, mdns_known, mdns_link
 from solyd_swarm.discovery.interfaces import LocalAddress, usable_interfaces
 from solyd_swarm.discovery.mdns import MdnsSource
 from solyd_swarm.discovery.mdns_link import Link
 from solyd_swarm.discovery.mdns_service import MAX_ADDRESSES, SERVICE_TYPE, RefusedError, announced_addresses, parse_txt
+from solyd_swarm.discovery.mdns_welcome import ANSWERS, CROWD, MAX_WAITING, Welcome
 from solyd_swarm.discovery.source import Address, Candidate, Endpoint
 from solyd_swarm.errors import DiscoveryError, InterfaceError
 
@@ -205,7 +207,7 @@ async def test_other_topics_and_secrets_are_not_found_until_joined() -> None:
         for number, topic_key in zip(numbers[1:], (OTHER, SECRET, TOPIC), strict=True):
             await others.enter_async_context(running(number, topic_key))
         await seen.port(numbers[3])
-        await seen.until(lambda: set(numbers[1:3]) <= {one.addresses[0].port for one in source._unmatched.values()} or _poke(source))
+        await seen.until(lambda: set(numbers[1:3]) <= {one.addresses[0].port for one in source._known.unmatched.values()} or _poke(source))
         assert set(seen.ports()) & set(numbers) == {numbers[3]}
         assert not seen.ports(OTHER)
         source.join(OTHER)
@@ -363,7 +365,7 @@ async def test_malformed_services_are_refused(what: str) -> None:
         await announce(zeroconf, service(topic, good))
         await first
         await seen.port(good, topic)
-        assert source.refused > 0
+        assert source.refused.total() > 0
         assert set(seen.ports(topic)) == {good}
 
 
@@ -373,7 +375,7 @@ async def test_addresses_of_one_service_are_capped() -> None:
         await announce(zeroconf, service(topic, number, addresses=[f"192.0.2.{host}" for host in range(100)]))
         await seen.port(number, topic)
         assert len(seen.all[-1][1].addresses) == MAX_ADDRESSES
-        assert source.refused >= 100 - MAX_ADDRESSES
+        assert source.refused.total() >= 100 - MAX_ADDRESSES
 
 
 async def test_some_bad_addresses_leave_the_good_ones() -> None:
@@ -382,19 +384,19 @@ async def test_some_bad_addresses_leave_the_good_ones() -> None:
         await announce(zeroconf, service(topic, number, addresses=["0.0.0.0", "127.0.0.1", "::ffff:224.0.0.1"]))
         await seen.port(number, topic)
         assert seen.all[-1][1].addresses == (Address("127.0.0.1", number),)
-        assert source.refused >= 2
+        assert source.refused.total() >= 2
 
 
 async def test_a_flood_is_bounded_and_keeps_our_topic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mdns, "MAX_SERVICES", 4)
+    monkeypatch.setattr(mdns_known, "MAX_SERVICES", 4)
     topic, first, last = fresh(), port(), port()
     async with raw() as zeroconf, running(port(), topic) as (source, seen):
         await announce(zeroconf, service(topic, first))
         await asyncio.gather(*(announce(zeroconf, service(fresh(), port())) for _ in range(12)))
         await announce(zeroconf, service(topic, last))
         await seen.port(last, topic)
-        assert len(source._unmatched) <= 4
-        assert {item.addresses[0].port for _, item in source._matched.values()} == {first, last}
+        assert len(source._known.unmatched) <= 4
+        assert {item.addresses[0].port for _, item in source._known.matched.values()} == {first, last}
 
 
 async def test_garbage_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
@@ -417,7 +419,7 @@ async def test_silent_services_are_forgotten(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(mdns, "FORGET_AFTER", -1.0)
         source._asked_at = -1e9
         source._ask()
-        assert not source._matched
+        assert not source._known.matched
 
 
 async def test_close_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -552,7 +554,7 @@ def local(host: str, prefix: int, index: int = 2) -> LocalAddress:
     ],
 )
 def test_only_allowed_links_are_heard(addresses: list[LocalAddress], sender: str, zone: int, allowed: bool) -> None:
-    assert Link(addresses, lambda _: None).is_allowed(sender, zone) is allowed
+    assert Link(addresses, lambda _: None, Counter()).is_allowed(sender, zone) is allowed
 
 
 def test_loopback_is_announced_only_if_there_is_nothing_else() -> None:
@@ -579,3 +581,16 @@ def test_txt_record() -> None:
     for bad in (b"", good[:-1], good + b"\x02x", good[:19]):
         with pytest.raises(RefusedError):
             parse_txt(bad)
+
+
+async def test_of_a_crowd_some_answer_at_once_and_few_wait() -> None:
+    late: asyncio.Queue[str] = asyncio.Queue()
+    welcome = Welcome(late.put_nowait)
+    assert all(welcome.at_once(str(number), CROWD) for number in range(100))
+    answers = sum(welcome.at_once(str(number), 100) for number in range(5000))
+    assert ANSWERS * 50 * 0.6 < answers < ANSWERS * 50 * 1.4
+    assert len(welcome._waiting) == MAX_WAITING
+    async with asyncio.timeout(TIMEOUT):
+        await late.get()
+    welcome.clear()
+    assert not welcome._waiting

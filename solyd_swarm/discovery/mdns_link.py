@@ -3,14 +3,17 @@
 zeroconf sends on one socket per interface, each tied to it by ``IP_MULTICAST_IF``, and hears on one socket bound to the
 wildcard address. The latter hears more than was asked for: Linux hands it groups that *any* process joined, on any
 interface, and anybody may send unicast to it. The gate drops what does not come from an allowed link (RFC 6762, section
-11), so that nothing else is believed or answered, and notes the sender, which zeroconf does not pass on.
+11), so that nothing else is believed or answered, and notes the sender, which zeroconf does not pass on. It also sees
+whether our own packets come back, as the system lets them: where they do not, those of others will not come either.
 """
 
 import asyncio
 import logging
 import socket
 import struct
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import cast
@@ -28,10 +31,11 @@ from zeroconf import (  # type: ignore[attr-defined]  # the DNS classes are offe
     Zeroconf,
     current_time_millis,
 )
+from zeroconf._listener import AsyncListener
 from zeroconf.asyncio import AsyncZeroconf
 from zeroconf.const import _CLASS_IN, _FLAGS_QR_QUERY, _TYPE_PTR
 
-from solyd_swarm.discovery.interfaces import LocalAddress
+from solyd_swarm.discovery.interfaces import LocalAddress, zone_name
 from solyd_swarm.errors import DiscoveryError
 
 GROUP_V4, GROUP_V6, PORT = "224.0.0.251", "ff02::fb", 5353
@@ -41,11 +45,22 @@ MAX_SOCKETS = 32
 MAX_KNOWN_ANSWERS = 64
 """Known answers in one question (RFC 6762, section 7.1): more would need several packets; the rest just answers again."""
 
+MAX_PACKET = 8966
+"""Bytes of a packet (RFC 6762, section 17)."""
+
+_HEADER = struct.Struct("!6H")  # id, flags, and how many questions, answers, authorities, additional records
+
 START_TIMEOUT = 2.0
 GOODBYE_TIMEOUT = 0.35
 """Seconds; zeroconf says goodbye three times, 0.125 s apart."""
 
+ECHO_TIMEOUT = 2.0
+"""Seconds within which our own packets come back, also on a loaded machine."""
+
 log = logging.getLogger("solyd_swarm.discovery.mdns")
+
+Way = tuple[str, int]
+"""An interface's name and an IP version: what one socket sends by."""
 
 
 class Link(RecordUpdateListener):
@@ -53,13 +68,24 @@ class Link(RecordUpdateListener):
 
     Attributes:
         local: the addresses it was opened with.
+        choices: those of them, or their interfaces, that multicast works on: see `multicast_choices`.
+        refused: counts the packets that were refused.
+        problem: why sending fails now; empty if it does not.
         sender: IP literal of whoever sent the packet that is being read; ``None`` between packets.
         zeroconf: the running instance, for its cache.
     """
 
-    def __init__(self, local: Sequence[LocalAddress], changed: Callable[[list[RecordUpdate]], None]) -> None:
+    def __init__(self, local: Sequence[LocalAddress], changed: Callable[[list[RecordUpdate]], None], refused: Counter[str]) -> None:
         self.local = list(local)
+        self.choices: list[str | int] = []
+        self.refused = refused
+        self.problem = ""
         self.sender: str | None = None
+        self._own: dict[str, list[Way]] = {}
+        for address in local:
+            self._own.setdefault(str(address.ip), []).append((address.interface, address.ip.version))
+        self._ways: set[Way] = set()
+        self._unanswered: dict[Way, float] = {}  # since when nothing of ours has come back there
         self._changed = changed
         self._updates: list[RecordUpdate] = []
         # A DHCPv6 address comes as a /128 of its own; its link is the /64.
@@ -73,7 +99,12 @@ class Link(RecordUpdateListener):
 
     async def open(self) -> None:
         """Bind, join the groups, start listening. Raises `DiscoveryError`, holding nothing then."""
-        choices = multicast_choices(self.local)
+        choices = self.choices = multicast_choices(self.local)
+        self._ways = {
+            (address.interface, address.ip.version)
+            for address in self.local
+            if (str(address.ip) if address.ip.version == 4 else address.index) in choices
+        }
         versions = {isinstance(choice, int) for choice in choices}
         version = IPVersion.All if len(versions) == 2 else IPVersion.V6Only if True in versions else IPVersion.V4Only
         try:
@@ -93,10 +124,9 @@ class Link(RecordUpdateListener):
             await self.close()
             raise
         for reader in self.zeroconf.engine.readers:
-            reader.transport.set_protocol(_Gate(cast(asyncio.DatagramProtocol, reader.transport.get_protocol()), self))
+            reader.transport.set_protocol(_Gate(cast(AsyncListener, reader.transport.get_protocol()), self))
         # What came before the gates stood is forgotten; whoever sent it is asked at once.
-        cache = self.zeroconf.cache
-        cache.async_remove_records([record for name in cache.names() for record in cache.async_entries_with_name(name)])
+        self.forget(())
         self.zeroconf.async_add_listener(self, None)
         log.debug("mDNS runs on %s", choices)
 
@@ -118,11 +148,13 @@ class Link(RecordUpdateListener):
 
     async def announce(self, info: ServiceInfo) -> None:
         """Register a service and announce it: three times within half a second, the first at once."""
+        self._sending()
         await (await self._async_zeroconf.async_register_service(info, cooperating_responders=True))
 
     def announce_again(self, info: ServiceInfo) -> None:
         """Announce a registered service once more, now."""
         if self.is_announced(info):
+            self._sending()
             self.zeroconf.async_send(self.zeroconf.generate_service_broadcast(info, None))
 
     def is_announced(self, info: ServiceInfo) -> bool:
@@ -145,7 +177,20 @@ class Link(RecordUpdateListener):
                 answers += 1
                 if answers == MAX_KNOWN_ANSWERS:
                     break
+        self._sending()
         self.zeroconf.async_send(out)
+
+    def forget(self, needed: Container[str]) -> None:
+        """Empties zeroconf's cache, but for these names. Full of a flood it would evict what came last, since that expires first."""
+        cache = self.zeroconf.cache
+        cache.async_remove_records(
+            [
+                record
+                for name in cache.names()
+                for record in cache.async_entries_with_name(name)
+                if name not in needed and not (isinstance(record, DNSPointer) and record.alias in needed)
+            ]
+        )
 
     def is_allowed(self, sender: str, zone: int) -> bool:
         """Whether a packet's sender is on one of the links that may be used."""
@@ -154,8 +199,28 @@ class Link(RecordUpdateListener):
             return zone in self._zones
         return any(ip in network for network in self._networks)
 
+    def heard(self, sender: str, zone: int) -> None:
+        """A packet has come from an allowed link: from ourselves, or from others."""
+        ways = self._own.get(sender.partition("%")[0])
+        if ways is not None:
+            # The same link-local address may stand on several interfaces.
+            for way in ways if zone == 0 or len(ways) == 1 else [way for way in ways if way[0] == zone_name(zone)]:
+                self._unanswered.pop(way, None)
+            self.problem = self.problem if self._unanswered else ""
+
+    def _sending(self) -> None:
+        now = time.monotonic()
+        for way in self._ways:
+            self._unanswered.setdefault(way, now)
+
+    def silent(self) -> list[str]:
+        """Interfaces on which nothing comes back of what we sent, not even by the system's own loop. From any thread."""
+        now = time.monotonic()
+        return sorted(f"{name} (IPv{version})" for (name, version), since in list(self._unanswered.items()) if now - since > ECHO_TIMEOUT)
+
     def failed(self, error: Exception) -> None:
-        """A socket failed to send or receive: the network is gone or changes. Told once; the next `refresh` looks again."""
+        """A socket failed to send or receive: the network is gone or changes, or a firewall forbids it. Told once."""
+        self.problem = str(error)
         log.log(logging.DEBUG if self._warned else logging.WARNING, "mDNS cannot reach the network now: %s", error)
         self._warned = True
 
@@ -172,27 +237,58 @@ class Link(RecordUpdateListener):
 class _Gate(asyncio.DatagramProtocol):
     """Stands between a socket and zeroconf."""
 
-    def __init__(self, behind: asyncio.DatagramProtocol, link: Link) -> None:
+    def __init__(self, behind: AsyncListener, link: Link) -> None:
         self._behind = behind
         self._link = link
+        # What came before is forgotten; the very same packet is to count when it comes again, as it does within the next half second.
+        behind.data = behind.last_message = None
+        getattr(behind, "_recent_packets", {}).clear()
 
     def datagram_received(self, data: bytes, addr: tuple[str, int] | tuple[str, int, int, int]) -> None:
         # The wildcard socket is an IPv6 one where IPv6 works, and shows IPv4 senders as ::ffff:192.0.2.7.
-        sender = addr[0].removeprefix("::ffff:") if "." in addr[0] else addr[0]
-        if not self._link.is_allowed(sender, addr[3] if len(addr) == 4 else 0):
+        sender, zone = addr[0].removeprefix("::ffff:") if "." in addr[0] else addr[0], addr[3] if len(addr) == 4 else 0
+        if not self._link.is_allowed(sender, zone):
             log.debug("a packet from %s is not from a link that may be used", sender)
+            self._link.refused["stranger"] += 1
             return
+        self._link.heard(sender, zone)
         self._link.sender = sender
+        before = self._behind.last_message
         try:
-            self._behind.datagram_received(data, addr)
+            whole = is_whole(data)
+            if whole:
+                self._behind.datagram_received(data, addr)
         finally:
             self._link.sender = None
+        message = self._behind.last_message
+        if not whole or (message is not before and message is not None and not message.valid):
+            log.debug("refused a malformed packet of %d bytes from %s", len(data), sender)
+            self._link.refused["packet"] += 1
 
     def error_received(self, exc: Exception) -> None:
         self._link.failed(exc)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._behind.connection_lost(exc)
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether a packet holds what its header says (RFC 1035, section 4.1), all of it. What names and records mean is zeroconf's to see."""
+    if not _HEADER.size <= len(data) <= MAX_PACKET:
+        return False
+    _, _, questions, *others = _HEADER.unpack_from(data)
+    at = _HEADER.size
+    try:
+        for number in range(questions + sum(others)):
+            while 0 < data[at] < 0xC0:
+                at += 1 + data[at]
+            at += 1 if data[at] == 0 else 2
+            at += 4 if number < questions else 10 + int.from_bytes(data[at + 8 : at + 10], "big")
+            if at > len(data):
+                return False
+    except IndexError:
+        return False
+    return True
 
 
 def multicast_choices(local: Sequence[LocalAddress]) -> list[str | int]:

@@ -7,7 +7,6 @@ TXT record (RFC 6763, section 6) with ``n``, a nonce, and ``t``, its tag under t
 import hmac
 import re
 import secrets
-import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -24,7 +23,7 @@ from zeroconf import (  # type: ignore[attr-defined]  # the DNS classes are offe
 )
 
 from solyd_swarm.core.keys import derive
-from solyd_swarm.discovery.interfaces import LocalAddress
+from solyd_swarm.discovery.interfaces import LocalAddress, zone_name
 from solyd_swarm.discovery.scope import scope_of
 from solyd_swarm.discovery.source import Address
 
@@ -42,26 +41,38 @@ _Record = TypeVar("_Record", DNSService, DNSText, DNSAddress)
 
 
 class RefusedError(Exception):
-    """A service that no member announces."""
+    """A service that no member announces.
+
+    Attributes:
+        reason: what is wrong with it: ``"name"``, ``"port"``, ``"text"`` or ``"address"``.
+    """
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Service:
     """What somebody announced. Untrusted.
 
     Attributes:
         addresses: where it says to listen, 1 to 16.
-        refused: how many further addresses were refused.
+        invalid: how many further addresses were refused, since nobody can be reached there.
+        excess: how many were refused because they were too many.
         sender: IP literal of whoever sent it.
         heard_at: when, on the loop's clock.
+        reported_at: when it was last reported to the node; our own note.
     """
 
     nonce: bytes
     tag: bytes
     addresses: tuple[Address, ...]
-    refused: int
+    invalid: int
+    excess: int
     sender: str = field(compare=False)
     heard_at: float = field(compare=False)
+    reported_at: float = field(default=-1e9, compare=False)
 
     def belongs_to(self, topic_key: bytes) -> bool:
         """Whether it was announced by someone who knows the topic (or replays that)."""
@@ -91,25 +102,25 @@ def read_service(zeroconf: Zeroconf, name: str, sender: str, now: float) -> Serv
         RefusedError: no member announces such a thing.
     """
     if not _NAME.fullmatch(name):
-        raise RefusedError("its name is none of ours")
+        raise RefusedError("name", "its name is none of ours")
     entries = zeroconf.cache.async_entries_with_name(name)
     location, text = _newest(entries, DNSService), _newest(entries, DNSText)
     if not location or not text:
         return None
     port = location[0].port
     if not port:
-        raise RefusedError("port 0")
+        raise RefusedError("port", "port 0")
     nonce, tag = parse_txt(text[0].text)
     records = _newest(zeroconf.cache.async_entries_with_name(location[0].server), DNSAddress)
     hosts = [host for host in map(_host, records) if host is not None]
     usable = [host for host in hosts if scope_of(host) != "invalid"]
     if hosts and not usable:
-        raise RefusedError(f"nobody can be reached at {hosts[0]}")
+        raise RefusedError("address", f"nobody can be reached at {hosts[0]}")
     if not usable:
         return None
     # All addresses are dialled at once: a service that names thousands would have us flood somebody.
     addresses = tuple(Address(host, port) for host in sorted(usable[:MAX_ADDRESSES]))
-    return Service(nonce, tag, addresses, len(hosts) - len(addresses), sender, now)
+    return Service(nonce, tag, addresses, len(hosts) - len(usable), len(usable) - len(addresses), sender, now)
 
 
 def announced_addresses(local: Sequence[LocalAddress]) -> list[str]:
@@ -122,19 +133,19 @@ def announced_addresses(local: Sequence[LocalAddress]) -> list[str]:
 def parse_txt(text: bytes) -> tuple[bytes, bytes]:
     """(nonce, tag) of a TXT record (RFC 6763, section 6). Unknown keys are skipped. Raises `RefusedError`."""
     if len(text) > MAX_TXT:
-        raise RefusedError("its TXT record is too long")
+        raise RefusedError("text", "its TXT record is too long")
     values: dict[bytes, bytes] = {}
     at = 0
     while at < len(text):
         end = at + 1 + text[at]
         if end > len(text):
-            raise RefusedError("its TXT record is cut off")
+            raise RefusedError("text", "its TXT record is cut off")
         key, _, value = text[at + 1 : end].partition(b"=")
         values.setdefault(key, value)
         at = end
     nonce, tag = values.get(b"n", b""), values.get(b"t", b"")
     if len(nonce) != NONCE_SIZE or len(tag) != TAG_SIZE:
-        raise RefusedError("its TXT record has no nonce and tag")
+        raise RefusedError("text", "its TXT record has no nonce and tag")
     return nonce, tag
 
 
@@ -149,11 +160,4 @@ def _host(record: DNSAddress) -> str | None:
     ip = ip_address(record.address)
     if ip.version == 4 or not ip.is_link_local:
         return str(ip)
-    return f"{ip}%{_zone_name(record.scope_id)}" if record.scope_id else None
-
-
-def _zone_name(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError:
-        return str(index)
+    return f"{ip}%{zone_name(record.scope_id)}" if record.scope_id else None
