@@ -32,7 +32,7 @@ def run(waiting: Waiting, *, listen: tuple[str, int], identity: str | None, mdns
         interfaces: addresses or names of the network interfaces that discovery may use.
     """
     try:
-        node = Node(listen=listen, identity=identity, mdns=mdns, dht=True, interfaces=interfaces)
+        node = Node(listen=listen, identity=identity, mdns=mdns, dht=True, mainline=False, portmap=False, interfaces=interfaces)
     except ListenError as error:
         if error.errno != errno.EADDRINUSE:
             raise

@@ -9,37 +9,30 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from solyd_swarm.core.events import Addresses, Discovered
 from solyd_swarm.core.keys import derive_topic_id
 from solyd_swarm.core.overlay import Overlay, OverlayConfig
 from solyd_swarm.core.wire import MAX_ADDRESSES, make_peer_info
-from solyd_swarm.discovery.bootstrap import BootstrapSource
 from solyd_swarm.discovery.interfaces import usable_interfaces
 from solyd_swarm.discovery.reach import Reach
-from solyd_swarm.discovery.scope import may_dial
+from solyd_swarm.discovery.scope import may_dial, scope_of
 from solyd_swarm.discovery.source import Candidate, Source
 from solyd_swarm.discovery.source import Endpoint as Announced
-from solyd_swarm.errors import DiscoveryError, OptionTypeError
+from solyd_swarm.errors import OptionError, OptionTypeError
+from solyd_swarm.finding import Finder
 from solyd_swarm.home import Home, find_home
 from solyd_swarm.net import listen as listening
 from solyd_swarm.net.driver import Driver, Sink
 from solyd_swarm.net.endpoint import Endpoint
 from solyd_swarm.net.goals import Goal
 from solyd_swarm.net.matching import Identity as Author
-from solyd_swarm.net.resolve import resolve
 from solyd_swarm.store.identity import Identity
 from solyd_swarm.store.memory import TopicMemory, Unread
 from solyd_swarm.ticket import make_ticket, parse_bootstrap
 
-if TYPE_CHECKING:
-    from solyd_swarm.discovery.kademlia import KademliaSource
-
 log = logging.getLogger("solyd_swarm.node")
 
-MAX_EARLY = 32
-"""DHT nodes remembered until our own is up: as many as it takes itself."""
 ADDRESS_INTERVAL = 15.0
 """Seconds between looks at our own addresses, which members hear from us and from one another."""
 LEDGER_INTERVAL = 1.0
@@ -55,13 +48,16 @@ class NodeOptions:
     bootstrap: str | Iterable[str] | None = None
     mdns: bool = True
     dht: bool = True
+    mainline: bool | str | Iterable[str] = True
+    portmap: bool = True
     interfaces: str | Sequence[str] | None = None
 
     def check(self) -> None:
         """Raises `OptionTypeError`, `OptionError` or `TicketError` for what cannot work."""
-        for name in ("mdns", "dht"):
+        for name in ("mdns", "dht", "portmap"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionTypeError(f"{name} takes True or False, not {getattr(self, name)!r}")
+        self.mainline_routers()
         if self.identity is not None and not isinstance(self.identity, str | os.PathLike):
             raise OptionTypeError(f"identity takes a path, not {type(self.identity).__name__}")
         listening.check_listen(self.listen)
@@ -69,6 +65,18 @@ class NodeOptions:
             isinstance(self.interfaces, str | Sequence) and all(isinstance(each, str) for each in self.interfaces)
         ):
             raise OptionTypeError(f"interfaces takes addresses or names of network interfaces, as strings, not {self.interfaces!r}")
+
+    def mainline_routers(self) -> bool | tuple[tuple[str, int], ...]:
+        """Whether to use the mainline DHT, or by which nodes to enter it. Raises `OptionTypeError` or `OptionError`."""
+        if isinstance(self.mainline, bool):
+            return self.mainline
+        try:
+            contacts = parse_bootstrap(self.mainline)
+        except TypeError as error:
+            raise OptionTypeError(f'mainline takes True, False, or "host:port" of nodes of that DHT, not {self.mainline!r}') from error
+        if any(contact.instance for contact in contacts):
+            raise OptionError('mainline takes "host:port" of nodes of that DHT, and no tickets, which are for bootstrap')
+        return tuple(address for contact in contacts for address in contact.addresses)
 
     def allowed_interfaces(self) -> tuple[str, ...]:
         """What the user named, or the environment; empty: all."""
@@ -123,20 +131,25 @@ class BaseNode:
             secrets.token_bytes(32),
             author,
             addresses=self.addresses,
-            met=self._met,
+            met=lambda host, dht_port: self.finder.met(host, dht_port),
             may_dial=may_dial,
             may_go=lambda host: self._reach.may_go_to(host),
             changed=self._tell_addresses,
         )
         self.endpoint.port = self.port
-        self.sources: dict[str, Source] = {}
-        self.problems: dict[str, str] = {}
-        """Sources that do not work here, with the reason."""
-        self._failed: list[Source] = []
+        self.finder = Finder(
+            self._contacts,
+            mdns=options.mdns,
+            dht=options.dht,
+            mainline=options.dht and options.mainline_routers(),
+            portmap=options.portmap and scope_of(bound[0]) != "loopback",
+            dht_host=self._bound_host if options.listen else "0.0.0.0",
+            found=self._found,
+            topics=lambda: self._topics,
+            dht_is_up=self.endpoint.announce_dht,
+            mapped=self.set_mapped_addresses,
+        )
         self._topics: dict[bytes, _Membership] = {}
-        self._dht: KademliaSource | None = None
-        self._bootstrap: BootstrapSource | None = None
-        self._met_early: dict[tuple[str, int], None] = {}  # DHT nodes we heard of before our own was up
         self._starting: asyncio.Task[None] | None = None
         self._guard: asyncio.Task[None] | None = None
         self._closer: asyncio.Task[None] | None = None
@@ -153,6 +166,16 @@ class BaseNode:
         self.on_loop_ending: list[Callable[[], Coroutine[None, None, None]]] = []
         """Run when the user's loop cancels everything: the swarms then leave."""
         self.home.call(self._begin)
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The ways of finding peers that work, by name."""
+        return self.finder.sources
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Sources that do not work here, with the reason."""
+        return self.finder.problems
 
     # -- where we are -----------------------------------------------------------------------------------------
 
@@ -194,49 +217,11 @@ class BaseNode:
 
     async def _start(self) -> None:
         """All at once: none waits for another. Until the sockets are listened to, whoever comes early waits in their backlog."""
-        announced = Announced(self.port, self.endpoint.instance, self._interfaces)
-        starts: list[Coroutine[None, None, None]] = [self.endpoint.start(self._sockets)]
-        if self._contacts:
-            contacts = [(contact.addresses, contact.instance) for contact in self._contacts]
-            self._bootstrap = BootstrapSource(contacts, _resolve)
-            starts.append(self._start_source(self._bootstrap, announced))
-        if self._options.dht:
-            from solyd_swarm.discovery.kademlia import KademliaSource
-
-            self._dht = KademliaSource(host=self._bound_host if self._options.listen else "0.0.0.0", port=self.port)
-            starts.append(self._start_dht(self._dht, announced))
-        if self._options.mdns:
-            from solyd_swarm.discovery.mdns import MdnsSource
-
-            starts.append(self._start_source(MdnsSource(), announced))
-        for outcome in await asyncio.gather(*starts, return_exceptions=True):
+        announced = Announced(self.port, self.endpoint.instance, self._interfaces, self.addresses)
+        for outcome in await asyncio.gather(self.endpoint.start(self._sockets), self.finder.start(announced), return_exceptions=True):
             if isinstance(outcome, Exception):
-                log.error("the node does not listen", exc_info=outcome)
+                log.error("the node does not listen, or does not look for others", exc_info=outcome)
         log.debug("listening on port %d, sources: %s", self.port, ", ".join(self.sources) or "none")
-
-    async def _start_dht(self, dht: "KademliaSource", announced: Announced) -> None:
-        await self._start_source(dht, announced)
-        if dht.port:
-            self.endpoint.announce_dht(dht.port)
-            for host, port in self._met_early:
-                dht.contact(host, port)
-        self._met_early.clear()
-
-    async def _start_source(self, source: Source, announced: Announced) -> None:
-        try:
-            await source.start(announced, self._found)
-        except asyncio.CancelledError:
-            self.sources[source.name] = source  # for `close`: it may have opened a socket already
-            raise
-        except Exception as error:  # one source that fails, in whatever way, takes nothing from the others
-            self.problems[source.name] = str(error) or type(error).__name__
-            unexpected = None if isinstance(error, DiscoveryError) else error
-            log.warning("%s does not work here, the swarm goes on without: %s", source.name, error, exc_info=unexpected)
-            self._failed.append(source)
-            return
-        self.sources[source.name] = source
-        for topic_key in self._topics:
-            source.join(topic_key)
 
     async def _watch_loop(self) -> None:
         """Ends with the node. Cancelled, because the user's loop ends: the swarms still say goodbye, and all is closed."""
@@ -275,8 +260,7 @@ class BaseNode:
         for timer in (self._ledger_timer, self._address_timer):
             if timer is not None:
                 timer.cancel()
-        ends = [source.close() for source in (*self.sources.values(), *self._failed)]
-        for outcome in await asyncio.gather(*ends, self.endpoint.close(), return_exceptions=True):
+        for outcome in await asyncio.gather(*self.finder.closing(), self.endpoint.close(), return_exceptions=True):
             if isinstance(outcome, asyncio.CancelledError):
                 raise outcome  # begun again by whoever waits
             if isinstance(outcome, Exception):
@@ -335,15 +319,13 @@ class BaseNode:
         membership.save()
         membership.driver.close()
         self.endpoint.detach(topic_key)
-        for source in self.sources.values():
-            source.leave(topic_key)
+        self.finder.leave(topic_key)
         return functools.partial(membership.save, final=True)
 
     def look_again(self, topic_key: bytes) -> None:
         """The topic has no neighbour: every source is to look now."""
         if topic_key in self._topics:
-            for source in self.sources.values():
-                source.refresh(topic_key)
+            self.finder.refresh(topic_key)
 
     def _save_regularly(self) -> None:
         self._ledger_timer = self.home.loop.call_later(LEDGER_INTERVAL, self._save_regularly)
@@ -365,12 +347,6 @@ class BaseNode:
             instance = candidate.instance or self.endpoint.instance_at(addresses)
             membership.driver.feed(Discovered(instance, addresses))
 
-    def _met(self, host: str, dht_port: int) -> None:
-        if self._dht is not None and self._dht.port:
-            self._dht.contact(host, dht_port)
-        elif len(self._met_early) < MAX_EARLY:
-            self._met_early[host, dht_port] = None
-
     def dial(self, topic_key: bytes, instance: bytes, addresses: Addresses, via: bytes) -> None:
         """Dials for a driver. What a peer told us is dialled only as far as that peer's own address reaches."""
         teller = self.endpoint.host_of(via) if via else None
@@ -384,14 +360,7 @@ class BaseNode:
 
     def describe_sources(self) -> dict[str, str]:
         """Each way of finding peers, and its state, in words."""
-        states = {"mdns": "off", "dht": "off", "bootstrap": "off"}
-        states |= dict.fromkeys(self.sources, "on")
-        if "dht" in self.sources and self._dht is not None:
-            states["dht"] = f"on, {self._dht.nodes} nodes known"
-        if self._bootstrap is not None and self._bootstrap.problems:
-            unknown = "; ".join(f"{host!r} cannot be looked up: {reason}" for host, reason in self._bootstrap.problems.items())
-            states["bootstrap"] = f"on, but {unknown}"
-        return states | {name: f"failed: {reason}" for name, reason in self.problems.items()}
+        return self.finder.describe()
 
 
 class _Transport:
@@ -403,7 +372,3 @@ class _Transport:
         self.dial = node.dial
         self.close = node.endpoint.close_channel
         self.backlog = node.endpoint.backlog
-
-
-async def _resolve(host: str, port: int) -> list[tuple[str, int]]:
-    return [(ip, port) for _, ip, port in await resolve(host, port)]

@@ -38,6 +38,9 @@ class Node:
         listen: (host, port) to listen at; an empty host means all addresses, port 0 any free one.
         bootstrap: a ticket, ``"host:port"``, or a list of them.
         mdns, dht: whether to look on the local network, and in the distributed hash table that the peers form.
+        mainline: whether to look in the BitTorrent DHT too (not with ``dht=False``); or ``"host:port"`` of nodes to enter one by, or a
+            list of them, instead of the public ones.
+        portmap: whether to ask the router to pass connections from outside on to us (PCP, NAT-PMP, UPnP).
         interfaces: the addresses (or names) of network interfaces that discovery may use, all by default; the environment
             variable ``SOLYD_SWARM_INTERFACES`` (separated by commas) says it for every node.
 
@@ -53,10 +56,12 @@ class Node:
         bootstrap: str | Iterable[str] | None = None,
         mdns: bool = True,
         dht: bool = True,
+        mainline: bool | str | Iterable[str] = True,
+        portmap: bool = True,
         interfaces: str | Sequence[str] | None = None,
     ) -> None:
         self._implicit = False
-        self._base = BaseNode(NodeOptions(identity, listen, bootstrap, mdns, dht, interfaces))
+        self._base = BaseNode(NodeOptions(identity, listen, bootstrap, mdns, dht, mainline, portmap, interfaces))
         self._swarms: dict[bytes, Swarm] = {}
         self._lock = threading.RLock()
         self._closing = False
@@ -192,6 +197,8 @@ def pubsub(
     bootstrap: str | Iterable[str] | None = _UNSET,
     mdns: bool = _UNSET,
     dht: bool = _UNSET,
+    mainline: bool | str | Iterable[str] = _UNSET,
+    portmap: bool = _UNSET,
     interfaces: str | Sequence[str] | None = _UNSET,
 ) -> Swarm:
     """Joins a topic: finds others interested in it, connects to a few of them, and gossips.
@@ -205,7 +212,8 @@ def pubsub(
         retain: seconds that messages are kept for those who come late (the window).
         retain_bytes: bytes of messages kept; the oldest go first.
         publish_buffer: bytes that may be published before some neighbour has accepted them.
-        identity, listen, bootstrap, mdns, dht, interfaces: as for `Node`; with any of them the swarm gets a node of its own.
+        identity, listen, bootstrap, mdns, dht, mainline, portmap, interfaces: as for `Node`; with any of them the swarm gets a node of
+            its own.
 
     Raises:
         TopicError, OptionError, TicketError, IdentityError, ListenError, InterfaceError: each says what to do.
@@ -219,6 +227,8 @@ def pubsub(
         "bootstrap": bootstrap,
         "mdns": mdns,
         "dht": dht,
+        "mainline": mainline,
+        "portmap": portmap,
         "interfaces": interfaces,
     }
     given = {name: value for name, value in named.items() if value is not _UNSET}

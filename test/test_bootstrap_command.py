@@ -179,10 +179,10 @@ async def test_it_holds_a_channel_for_seconds_only() -> None:
         client.dial((("127.0.0.1", node.port),), topic_key=derive_topic_key("no such topic"))
         await until(lambda: endpoint._connections and client.met, PATIENCE)
         assert client.met == [("127.0.0.1", endpoint.dht_port)]
-        assert limits.idle <= 10
+        assert limits.stranger <= 10
         # Not waited for: the next look after ten seconds.
         [connection] = endpoint._connections.values()
-        connection.idle_since = asyncio.get_running_loop().time() - limits.idle
+        connection.since -= limits.stranger
         await until(lambda: not endpoint._connections, PATIENCE)
 
 

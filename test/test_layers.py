@@ -34,6 +34,7 @@ RANKS = {
     "outbox": 3,
     "home": 3,
     "delivery": 3,
+    "finding": 4,
     "node": 4,
     "swarm": 5,
     "pubsub": 6,

@@ -12,7 +12,7 @@ import pytest
 from endpoints import proxy, until
 from processes import Process
 
-from solyd_swarm import InterfaceError, ListenError, Node, SwarmError, pubsub
+from solyd_swarm import InterfaceError, ListenError, Node, SwarmError, finding, pubsub
 from solyd_swarm import node as node_module
 from solyd_swarm.core.keys import derive_topic_key
 from solyd_swarm.discovery import bootstrap, dht, mdns, reach
@@ -262,12 +262,12 @@ async def test_two_nodes_with_one_identity_file(tmp_path):
 async def test_dht_nodes_heard_of_early_are_greeted_when_ours_is_up():
     async with base(dht=True) as node:
         for number in range(100):
-            node._met("127.0.0.1", 40_000 + number)
-        assert len(node._met_early) == node_module.MAX_EARLY
+            node.finder.met("127.0.0.1", 40_000 + number)
+        assert len(node.finder._met_early) == finding.MAX_EARLY
         await until(lambda: node.endpoint.dht_port)
-        assert node.endpoint.dht_port == node._dht.port
-        await until(lambda: not node._met_early)
-        assert len(node._dht._contacts) == node_module.MAX_EARLY
+        assert node.endpoint.dht_port == node.finder.dht.port
+        await until(lambda: not node.finder._met_early)
+        assert len(node.finder.dht._contacts) == finding.MAX_EARLY
 
 
 # Its end.

@@ -22,17 +22,22 @@ def furthest_reaching(interfaces: Sequence[str]) -> str:
 
 def announced_addresses(endpoint: Endpoint) -> list[Address]:
     """Where a node can be dialled: not on loopback, unless nothing else is allowed or exists. Empty while there is no network."""
-    try:
-        hosts = [address.host for address in usable_interfaces(endpoint.interfaces)]
-    except InterfaceError as error:
-        log.debug("nothing to announce: %s", error)
-        return []
-    kinds: dict[tuple[int, bool], list[str]] = {}
-    for host in hosts:
+    kinds: dict[tuple[int, bool], list[Address]] = {}
+    for address in _addresses(endpoint):
         # A zone (IPv6 link-local) means nothing on another machine.
-        if "%" not in host and scope_of(host) != "invalid":
-            kinds.setdefault((_PREFERENCE[scope_of(host)], ":" in host), []).append(host)
+        if "%" not in address.host and scope_of(address.host) != "invalid":
+            kinds.setdefault((_PREFERENCE[scope_of(address.host)], ":" in address.host), []).append(address)
     wide = {kind: found for kind, found in kinds.items() if kind[0] != _PREFERENCE["loopback"]} or kinds
     # In turn from each kind, so that a machine with many bridges still tells one address of every kind.
     turns = chain.from_iterable(zip_longest(*[wide[kind] for kind in sorted(wide)]))
-    return [Address(host, endpoint.port) for host in turns if host]
+    return [address for address in turns if address]
+
+
+def _addresses(endpoint: Endpoint) -> list[Address]:
+    if endpoint.published is not None:
+        return [Address(host, port) for host, port in endpoint.published()]
+    try:
+        return [Address(address.host, endpoint.port) for address in usable_interfaces(endpoint.interfaces)]
+    except InterfaceError as error:
+        log.debug("nothing to announce: %s", error)
+        return []

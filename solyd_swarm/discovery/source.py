@@ -46,11 +46,13 @@ class Endpoint:
         port: TCP port that the node listens on.
         instance: the node's 32-byte instance key.
         interfaces: IP literals of the local interfaces that discovery may use; empty: all, loopback included.
+        published: tells where others may hear that the node can be dialled (IP literal, TCP port); None: at all of its addresses.
     """
 
     port: int
     instance: bytes
     interfaces: tuple[str, ...] = field(default=())
+    published: Callable[[], tuple[tuple[str, int], ...]] | None = None
 
 
 class Source(ABC):
@@ -76,6 +78,10 @@ class Source(ABC):
     @abstractmethod
     def refresh(self, topic_key: bytes) -> None:
         """Look again now: the swarm is alone or wants fresh candidates. Cheap to call often: rate-limited inside."""
+
+    def describe(self) -> str:
+        """How it does, in words. From any thread."""
+        return "on"
 
     @abstractmethod
     async def close(self) -> None:

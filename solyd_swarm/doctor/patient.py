@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from solyd_swarm.discovery.interfaces import LocalAddress, usable_interfaces
 from solyd_swarm.discovery.source import Address, Candidate
@@ -73,9 +73,7 @@ class Patient(BaseNode):
 
 def parts_of(node: BaseNode) -> tuple[Mapper | None, Seen | None]:
     """The port mapper and the observed addresses; None for what this node does not have."""
-    outside = getattr(node.endpoint, "outside", None)
-    observed = getattr(node, "observed", None) or getattr(outside, "observed", None)
-    return cast(Mapper | None, getattr(node, "mapper", None)), cast(Seen | None, observed)
+    return node.finder.mapper, node.endpoint.outside.observed
 
 
 @dataclass
