@@ -898,9 +898,7 @@ async def test_upnp_forged_searches_make_few_requests(igd: Igd, monkeypatch: pyt
     monkeypatch.setattr(portmap_upnp, "SEARCH_WAITS", (0.1,) * 10)
     igd.control = "http://127.0.0.2/"
     one = igd.search
-    igd.port.answer = lambda data: [
-        reply.replace(b"description", f"d{number}".encode()) for reply in one(data) for number in range(100)
-    ]
+    igd.port.answer = lambda data: [reply.replace(b"description", f"d{number}".encode()) for reply in one(data) for number in range(100)]
     async with upnp(igd) as (mapper, _):
         await reached(lambda: "maps no port" in mapper.state)
         assert len(igd.paths) <= portmap_upnp.MAX_DESCRIPTIONS

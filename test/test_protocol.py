@@ -38,6 +38,7 @@ from solyd_swarm.core.events import Close, LinkUp, Received
 from solyd_swarm.core.overlay import Overlay
 from solyd_swarm.core.reconcile import ItemSet, Negentropy
 from solyd_swarm.discovery import dht_wire, records
+from solyd_swarm.discovery.mainline_rules import infohash_of
 from solyd_swarm.discovery.mdns_service import parse_txt
 from solyd_swarm.errors import PayloadError, RemoteProtocolError, SwarmError
 from solyd_swarm.net.connection import decode_hello, encode_hello
@@ -444,6 +445,7 @@ def check_records(v: Vectors) -> None:
     topic_key, instance = v["keys.topic_key"], v["noise.i.instance"]
     assert v["dht.day"] == (datetime(2026, 1, 1) - datetime(1970, 1, 1)).days
     day = struct.pack(">q", v["dht.day"])
+    assert v["mainline.infohash"] == derived(20, topic_key, b"mainline", day) == infohash_of(topic_key, v["dht.day"])
     seed, box_key = derived(32, topic_key, b"dht key", day), derived(32, topic_key, b"dht box", day)
     assert (v["dht.seed"], v["dht.box_key"], v["dht.public"]) == (seed, box_key, public_of(seed))
     assert v["dht.key"] == hashed(20, b"solyd dht key", b"", v["dht.public"])
