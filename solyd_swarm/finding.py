@@ -5,11 +5,13 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from solyd_swarm.discovery.addressbook import AddressBookSource
 from solyd_swarm.discovery.bootstrap import BootstrapSource
 from solyd_swarm.discovery.interfaces import usable_interfaces
 from solyd_swarm.discovery.source import Address, Endpoint, Found, Source
 from solyd_swarm.errors import DiscoveryError, InterfaceError
 from solyd_swarm.net.resolve import resolve
+from solyd_swarm.store.addresses import AddressBook
 from solyd_swarm.ticket import Contact
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class Finder:
         mainline: whether to use the internet's DHT, or the nodes (name or IP literal, UDP port) to enter one by.
         portmap: whether to ask the router to pass our port on.
         dht_host: IP literal that our own DHT node binds.
+        book: where members and DHT nodes were reached before.
+        is_reached: whether somebody that we have reached at this address has a channel with us.
         found: told of candidates.
         topics: the keys of the topics that the node is in.
         dht_is_up: told the UDP port of our own DHT node.
@@ -47,6 +51,8 @@ class Finder:
         mainline: bool | Sequence[tuple[str, int]],
         portmap: bool,
         dht_host: str,
+        book: AddressBook,
+        is_reached: Callable[[str, int], bool],
         found: Found,
         topics: Callable[[], Iterable[bytes]],
         dht_is_up: Callable[[int], None],
@@ -67,6 +73,9 @@ class Finder:
         self.dht: KademliaSource | None = None
         self.mainline: MainlineSource | None = None
         self.bootstrap: BootstrapSource | None = None
+        self._book = book
+        self.addresses = AddressBookSource(book, is_reached, nodes=self._known_nodes, states=self._states)
+        self._nodes, self._mainline_state = book.nodes(), book.state("mainline")
         self._failed: list[Source] = []
         self._met_early: dict[tuple[str, int], None] = {}  # DHT nodes we heard of before our own was up
 
@@ -74,14 +83,14 @@ class Finder:
 
     async def start(self, announced: Endpoint) -> None:
         """All at once, but for what takes the processor a while and helps with peers further away: that comes last."""
-        starts: list[Coroutine[None, None, None]] = []
+        starts = [self._start_source(self.addresses, announced)]
         if self._contacts:
             self.bootstrap = BootstrapSource(self._contacts, resolve_host)
             starts.append(self._start_source(self.bootstrap, announced))
         if self._wants["dht"]:
             from solyd_swarm.discovery.kademlia import KademliaSource
 
-            self.dht = KademliaSource(host=self._dht_host, port=announced.port)
+            self.dht = KademliaSource(host=self._dht_host, port=announced.port, nodes=self._nodes)
             starts.append(self._start_dht(self.dht, announced))
         if self._wants["mdns"]:
             from solyd_swarm.discovery.mdns import MdnsSource
@@ -93,7 +102,7 @@ class Finder:
     async def _start_far(self, announced: Endpoint) -> None:
         """What finds those beyond the local network, and lets them in."""
         if _stays_on_this_machine(announced):
-            self.unused = dict.fromkeys(("mainline", "portmap"), "off: only loopback may be used")
+            self.unused = {name: "off: only loopback may be used" for name in ("mainline", "portmap") if self._wants[name]}
         if self._wants["portmap"] and "portmap" not in self.unused:
             from solyd_swarm.discovery.portmap import PortMapper
 
@@ -104,7 +113,7 @@ class Finder:
 
             self.unused.pop("mainline", None)
             routers = PUBLIC_BOOTSTRAP if self._routers is None else self._routers
-            self.mainline = MainlineSource(resolve_host, bootstrap=routers)
+            self.mainline = MainlineSource(resolve_host, bootstrap=routers, state=self._mainline_state)
             await self._start_source(self.mainline, announced)
 
     async def _start_dht(self, dht: "KademliaSource", announced: Endpoint) -> None:
@@ -146,6 +155,13 @@ class Finder:
         for source in self.sources.values():
             source.leave(topic_key)
 
+    def changed(self) -> None:
+        """The network has changed, or the machine slept."""
+        if self.mapper is not None:
+            self.mapper.network_changed()
+        for source in self.sources.values():
+            source.changed()
+
     def refresh(self, topic_key: bytes) -> None:
         """Every source is to look now."""
         for source in self.sources.values():
@@ -158,6 +174,12 @@ class Finder:
         elif len(self._met_early) < MAX_EARLY:
             self._met_early[host, dht_port] = None
 
+    def _known_nodes(self) -> list[tuple[str, int]]:
+        return self.dht.known_nodes() if self.dht is not None else []
+
+    def _states(self) -> dict[str, bytes]:
+        return {"mainline": self.mainline.saved_state()} if self.mainline is not None else {}
+
     def _remapped(self, address: Address | None) -> None:
         self._mapped(() if address is None else ((address.host, address.port),))
 
@@ -166,7 +188,7 @@ class Finder:
     def describe(self) -> dict[str, str]:
         """Each way of finding peers, and its state, in words."""
         states = {name: "starting" if wanted else "off" for name, wanted in self._wants.items()} | {"bootstrap": "off"}
-        states |= self.unused | dict.fromkeys(self.sources, "on")
+        states |= self.unused | {name: "on" for name in self.sources if name != "addresses" or self._book.outlives}
         if "dht" in self.sources and self.dht is not None:
             states["dht"] = f"on, {self.dht.nodes} nodes known"
         if "mainline" in self.sources and self.mainline is not None:

@@ -14,6 +14,7 @@ from solyd_swarm.core.events import Addresses, Discovered
 from solyd_swarm.core.keys import derive_topic_id
 from solyd_swarm.core.overlay import Overlay, OverlayConfig
 from solyd_swarm.core.wire import MAX_ADDRESSES, make_peer_info
+from solyd_swarm.discovery.changes import Changes, present_hosts
 from solyd_swarm.discovery.interfaces import usable_interfaces
 from solyd_swarm.discovery.reach import Reach
 from solyd_swarm.discovery.scope import may_dial, scope_of
@@ -27,6 +28,7 @@ from solyd_swarm.net.driver import Driver, Sink
 from solyd_swarm.net.endpoint import Endpoint
 from solyd_swarm.net.goals import Goal
 from solyd_swarm.net.matching import Identity as Author
+from solyd_swarm.store.addresses import AddressBook
 from solyd_swarm.store.identity import Identity
 from solyd_swarm.store.memory import TopicMemory, Unread
 from solyd_swarm.ticket import make_ticket, parse_bootstrap
@@ -35,6 +37,8 @@ log = logging.getLogger("solyd_swarm.node")
 
 ADDRESS_INTERVAL = 15.0
 """Seconds between looks at our own addresses, which members hear from us and from one another."""
+LOOK_INTERVAL = 5.0
+"""Seconds between looks of all sources, while a topic has no neighbour."""
 LEDGER_INTERVAL = 1.0
 """Seconds between savings of what was accepted, for an identity kept in a file: what a crash may make us deliver twice."""
 
@@ -132,6 +136,7 @@ class BaseNode:
             author,
             addresses=self.addresses,
             met=lambda host, dht_port: self.finder.met(host, dht_port),
+            linked=lambda topic_key, host, port, dialled: self.finder.addresses.met(topic_key, host, port, dialled),
             may_dial=may_dial,
             may_go=lambda host: self._reach.may_go_to(host),
             changed=self._tell_addresses,
@@ -144,12 +149,16 @@ class BaseNode:
             mainline=options.dht and options.mainline_routers(),
             portmap=options.portmap and scope_of(bound[0]) != "loopback",
             dht_host=self._bound_host if options.listen else "0.0.0.0",
+            book=AddressBook(self.identity if options.identity is not None else None),
+            is_reached=lambda host, port: bool(self.endpoint.instance_at(((host, port),))),
             found=self._found,
             topics=lambda: self._topics,
             dht_is_up=self.endpoint.announce_dht,
             mapped=self.set_mapped_addresses,
         )
         self._topics: dict[bytes, _Membership] = {}
+        self._changes = Changes(self._changed)
+        self._look_timer: asyncio.TimerHandle | None = None
         self._starting: asyncio.Task[None] | None = None
         self._guard: asyncio.Task[None] | None = None
         self._closer: asyncio.Task[None] | None = None
@@ -212,6 +221,8 @@ class BaseNode:
             return
         loop = self.home.loop
         self._renew_addresses()
+        self._look_timer = loop.call_later(LOOK_INTERVAL, self._look_while_alone)
+        self._changes.start()
         self._starting = loop.create_task(self._start(), name="solyd_swarm start")
         self._guard = loop.create_task(self._watch_loop(), name="solyd_swarm node")
 
@@ -257,7 +268,8 @@ class BaseNode:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
         self._save_ledgers()
-        for timer in (self._ledger_timer, self._address_timer):
+        self._changes.close()
+        for timer in (self._ledger_timer, self._address_timer, self._look_timer):
             if timer is not None:
                 timer.cancel()
         for outcome in await asyncio.gather(*self.finder.closing(), self.endpoint.close(), return_exceptions=True):
@@ -298,7 +310,7 @@ class BaseNode:
             config,
             ledger=memory.ledger if memory is not None else None,
         )
-        driver = Driver(overlay, topic_key, _Transport(self), sink, self.home.loop)
+        driver = Driver(overlay, topic_key, _Transport(self), sink, self.home.loop, asleep=self._changes.asleep)
         self._topics[topic_key] = _Membership(driver, memory, unread)
         self.endpoint.attach(driver)
         for source in self.sources.values():
@@ -326,6 +338,24 @@ class BaseNode:
         """The topic has no neighbour: every source is to look now."""
         if topic_key in self._topics:
             self.finder.refresh(topic_key)
+
+    def _look_while_alone(self) -> None:
+        self._look_timer = self.home.loop.call_later(LOOK_INTERVAL, self._look_while_alone)
+        for topic_key, membership in self._topics.items():
+            if not membership.driver.overlay.neighbors:
+                self.look_again(topic_key)
+
+    def _changed(self, what: str) -> None:
+        """The network may be another one, or back: whatever is known of it is looked up again."""
+        if self._address_timer is not None:
+            self._address_timer.cancel()
+        self._renew_addresses()
+        present = present_hosts()
+        if any(scope_of(host) in ("private", "global") for host in present):  # else they may be back in a moment
+            self.endpoint.forsake(present)
+        self.finder.changed()
+        for topic_key in self._topics:
+            self.look_again(topic_key)
 
     def _save_regularly(self) -> None:
         self._ledger_timer = self.home.loop.call_later(LEDGER_INTERVAL, self._save_regularly)

@@ -56,7 +56,7 @@ def test_stats(make: Make) -> None:
     assert 1 <= theirs.held <= 3
     assert theirs.held_bytes > 0
     assert mine.bytes_out > 0 < mine.bytes_in
-    assert theirs.discovery == {"mdns": "off", "dht": "off", "bootstrap": "on"}
+    assert theirs.discovery == {"mdns": "off", "dht": "off", "mainline": "off", "portmap": "off", "bootstrap": "on"}
     with pytest.raises(AttributeError):
         mine.published = 7  # type: ignore[misc]
 

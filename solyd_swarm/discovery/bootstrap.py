@@ -10,7 +10,7 @@ from solyd_swarm.discovery.source import Address, Candidate, Endpoint, Found, So
 log = logging.getLogger("solyd_swarm.discovery.bootstrap")
 
 FIRST_PAUSE = 0.5
-LONGEST_PAUSE = 30.0
+LONGEST_PAUSE = 15.0
 """Seconds between tries of one contact: often at first, for programs are started together, then seldom."""
 
 Resolve = Callable[[str, int], Awaitable[list[tuple[str, int]]]]

@@ -49,7 +49,7 @@ from solyd_swarm.errors import DiscoveryError
 MAX_OWN_NAMES = 1024
 """Names of our own that are recognised as such; more only after as many joins."""
 
-ASK_INTERVALS = (0.15, 1.0, 2.0, 6.0, 20.0, 60.0)
+ASK_INTERVALS = (0.15, 1.0, 2.0, 6.0, 15.0, 20.0)
 """Seconds between questions; the last one repeats. While each topic has somebody only the last two count: whoever has just come is
 answered without a question, and all hosts of a crowd that answer one make a storm."""
 

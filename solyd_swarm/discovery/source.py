@@ -75,6 +75,10 @@ class Source(ABC):
     def leave(self, topic_key: bytes) -> None:
         """Withdraw the announcement of a topic and stop looking. Returns at once."""
 
+    def changed(self) -> None:
+        """The network or the clock has changed: what was bound, counted or put off before may be worthless. A `refresh` follows."""
+        return
+
     @abstractmethod
     def refresh(self, topic_key: bytes) -> None:
         """Look again now: the swarm is alone or wants fresh candidates. Cheap to call often: rate-limited inside."""

@@ -72,6 +72,7 @@ class Driver:
 
     Args:
         topic_key: names the topic to the transport.
+        asleep: seconds that the machine has slept, which the loop's clock does not count and the age of a message does.
         lag_timeout, lag_bytes: other values than `LAG_TIMEOUT` and `LAG_BYTES`, for tests.
     """
 
@@ -83,6 +84,7 @@ class Driver:
         sink: Sink,
         loop: asyncio.AbstractEventLoop,
         *,
+        asleep: Callable[[], float] = lambda: 0.0,
         lag_timeout: float = LAG_TIMEOUT,
         lag_bytes: int = LAG_BYTES,
     ) -> None:
@@ -91,6 +93,7 @@ class Driver:
         self._transport = transport
         self._sink = sink
         self._loop = loop
+        self._asleep = asleep
         self._lag_timeout = lag_timeout
         self._lag_bytes = lag_bytes
         self._timer: asyncio.TimerHandle | None = None
@@ -121,7 +124,7 @@ class Driver:
         self._busy = True
         try:
             while self._events:
-                for action in self.overlay.handle(self._events.popleft(), self._loop.time()):
+                for action in self.overlay.handle(self._events.popleft(), self._loop.time() + self._asleep()):
                     self._perform(action)
         finally:
             self._busy = False
@@ -178,7 +181,7 @@ class Driver:
         if self._timer is not None:
             self._timer.cancel()
         if not self._closed:
-            self._timer = self._loop.call_at(at, self.feed, Tick())
+            self._timer = self._loop.call_at(at - self._asleep(), self.feed, Tick())
 
     def _neighbor_up(self, action: NeighborUp) -> None:
         self._sink.neighbor_up(action.peer, action.author)

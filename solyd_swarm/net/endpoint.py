@@ -8,7 +8,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from solyd_swarm.core.events import Addresses, DialFailed, LinkDown
 from solyd_swarm.net.bounds import DEFAULT_BOUNDS, STRANGER_FRAME, EndpointLimits, oldest_of_busiest_host
@@ -33,6 +33,8 @@ class Endpoint:
         static_private: 32-byte X25519 key of this instance.
         identity: our author key.
         met: told (IP literal, DHT port) of every instance that we have a channel with.
+        linked: told (topic key, IP literal, TCP port, whether we dialled) of every member that we agree on a topic with: where we dialled
+            it, or where it came from and says that it listens.
         addresses: where we listen, as told to members of a common topic.
         may_dial: whether an address that a peer told us may be dialled: (IP literal, IP literal of the peer).
         may_go: whether packets may go to an IP literal.
@@ -47,6 +49,7 @@ class Endpoint:
         *,
         addresses: Callable[[], Addresses],
         met: Callable[[str, int], None] = lambda host, port: None,
+        linked: Callable[[bytes, str, int, bool], None] = lambda topic_key, host, port, dialled: None,
         may_dial: Callable[[str, str], bool] = lambda address, teller: True,
         may_go: Callable[[str], bool] = lambda host: True,
         changed: Callable[[], None] = lambda: None,
@@ -61,6 +64,7 @@ class Endpoint:
         self._identity = identity
         self._addresses = addresses
         self._met = met
+        self._linked = linked
         self._may_dial = may_dial
         self._limits = limits
         self._drivers: dict[bytes, Driver] = {}
@@ -159,6 +163,13 @@ class Endpoint:
         """Bytes that wait for a peer."""
         connection = self._connections.get(peer)
         return connection.channel.backlog if connection is not None else 0
+
+    def forsake(self, present: Container[str]) -> None:
+        """Ends channels from addresses of ours that are not among these IP literals (without zones): nothing can arrive there any more."""
+        for connection in [*self._strangers, *self._connections.values()]:
+            host = connection.channel.local_address[0]
+            if host and host.partition("%")[0] not in present:
+                connection.channel.abort("our address has gone")
 
     def close_channel(self, peer: bytes, reason: str) -> None:
         """Closes the channel of a peer."""
@@ -367,6 +378,9 @@ class Endpoint:
             self.outside.linked(connection)
         connection.links[topic_key] = driver
         self._places.met(connection.instance, connection.host)
+        host, port = connection.channel.remote_address
+        is_ours = connection.channel.initiator
+        self._linked(topic_key, host, port if is_ours else connection.hello.port, is_ours)
         goals = connection.goals.take(lambda goal: goal.topic_key == topic_key)
         dialled, *same = [goal.addresses for goal in goals if not goal.instance] or [()]
         driver.feed(connection.link_up(dialled, self._may_dial))

@@ -103,7 +103,7 @@ class Identity:
         Raises:
             IdentityError: it cannot be stored; then it must not be used either.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             last: int = connection.execute("SELECT epoch FROM identity").fetchone()[0]
             epoch = max(self._now_us(), last + 1)
             if epoch > _MAX_EPOCH:
@@ -114,7 +114,7 @@ class Identity:
 
     def load_ledger(self, topic_id: bytes) -> bytes | None:
         """What was last saved for a topic, if it was not evicted. Raises `IdentityError`."""
-        with self._access() as connection:
+        with self.access() as connection:
             row = connection.execute("SELECT blob FROM ledger WHERE topic_id = ?", (topic_id,)).fetchone()
         return None if row is None else bytes(row[0])
 
@@ -127,7 +127,7 @@ class Identity:
         """
         if len(blob) > MAX_LEDGER_SIZE:
             raise ValueError(f"a ledger of {len(blob)} bytes is larger than {MAX_LEDGER_SIZE}")
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO ledger SELECT ?, ?, coalesce(max(saved), 0) + 1 FROM ledger",
                 (topic_id, blob),
@@ -148,7 +148,7 @@ class Identity:
         return f"the identity file {self._path}" if self._path else "the identity in memory"
 
     @contextmanager
-    def _access(self) -> Iterator[sqlite3.Connection]:
+    def access(self) -> Iterator[sqlite3.Connection]:
         """The connection, to one thread at a time; errors of SQLite become `IdentityError`."""
         with self._lock:
             if self._closed:
@@ -159,9 +159,9 @@ class Identity:
                 raise _explain(error, self._where) from error
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
         """The connection, with the file locked against other processes; committed and synced at the end, else rolled back."""
-        with self._access() as connection:
+        with self.access() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -171,7 +171,7 @@ class Identity:
                     connection.execute("ROLLBACK")
 
     def _load(self) -> SigningKey:
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             if _is_empty(connection):
                 # Nobody may be able to read the file from before the key is in it.
                 self._close_to_others(holds_key=False)
