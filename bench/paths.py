@@ -47,7 +47,8 @@ import libtorrent
 first, sessions = None, []
 for number in range(1, int(sys.argv[1]) + 1):
     settings = dict(listen_interfaces=f"44.3.0.{number}:6881", enable_dht=True, enable_lsd=False, enable_upnp=False, enable_natpmp=False,
-                    dht_restrict_routing_ips=False, dht_restrict_search_ips=False, dht_bootstrap_nodes="44.3.0.1:6881" if first else "")
+                    dht_restrict_routing_ips=False, dht_restrict_search_ips=False, dht_bootstrap_nodes="44.3.0.1:6881" if first else "",
+                    dht_block_ratelimit=10_000)  # all newcomers have one address
     sessions.append(libtorrent.session(settings))
     first = sessions[0]
 print("ready", flush=True)
