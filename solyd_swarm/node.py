@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from solyd_swarm.core.events import Addresses, Discovered
 from solyd_swarm.core.keys import derive_topic_id
 from solyd_swarm.core.overlay import Overlay, OverlayConfig
-from solyd_swarm.core.wire import MAX_ADDRESSES, make_peer_info
+from solyd_swarm.core.wire import MAX_ADDRESSES, PeerInfo, make_peer_info
 from solyd_swarm.discovery.changes import Changes, present_hosts
 from solyd_swarm.discovery.interfaces import usable_interfaces
 from solyd_swarm.discovery.reach import Reach
@@ -209,6 +209,11 @@ class BaseNode:
         for membership in self._topics.values():
             membership.driver.overlay.membership.me = me
 
+    def _tell(self, info: PeerInfo, peer: bytes) -> PeerInfo:
+        """A peer as another one may know it: addresses of a network only to whom we reach inside that network."""
+        host = self.endpoint.host_of(peer)
+        return make_peer_info(info.instance, tuple(each for each in info.addresses if host is not None and may_dial(each[0], host)))
+
     @property
     def ticket(self) -> str:
         """A short text for ``bootstrap=`` of others: instance key and addresses, no topic."""
@@ -311,6 +316,7 @@ class BaseNode:
             ledger=memory.ledger if memory is not None else None,
         )
         driver = Driver(overlay, topic_key, _Transport(self), sink, self.home.loop, asleep=self._changes.asleep)
+        overlay.membership.tells = self._tell
         self._topics[topic_key] = _Membership(driver, memory, unread)
         self.endpoint.attach(driver)
         for source in self.sources.values():

@@ -82,3 +82,36 @@ def test_who_has_missed_that_it_is_no_neighbour_is_told_again_but_not_at_every_f
         net.run(0.05)
     assert 2 <= len(puppet.heard_of(wire.Disconnect)) <= 3
     assert len(peer.messages) == 51  # what it says is taken all the same
+
+
+def test_addresses_go_to_those_only_who_may_be_told(seed: int) -> None:
+    """Two networks: an address inside one of them is none of the other's business, whoever passes it on."""
+    net = Network(seed, config=OverlayConfig(heal_interval=1000.0))
+    told: list[tuple[int, int]] = []
+
+    def may_know(info: wire.PeerInfo, to: bytes) -> bool:
+        return net.find(info.instance).index % 2 == net.find(to).index % 2
+
+    def look(sender: Peer, receiver: Peer, data: bytes) -> bool:
+        match wire.decode(data):
+            case wire.ForwardJoin(peer=info):
+                infos = [info]
+            case wire.Shuffle(origin=info, peers=others):
+                infos = [info, *others]
+            case wire.ShuffleReply(peers=others):
+                infos = list(others)
+            case _:
+                infos = []
+        told.extend((net.find(info.instance).index, receiver.index) for info in infos if info.addresses)
+        return True
+
+    net.filter = look
+    peers = [net.add_peer() for _ in range(20)]
+    for peer in peers:
+        peer.overlay.membership.tells = lambda info, to: info if may_know(info, to) else wire.make_peer_info(info.instance, ())
+    for peer in peers[1:]:
+        net.discover(peer, peers[0])
+        net.run(0.1)
+    net.run(60.0)
+    assert len(told) > 100
+    assert all(known % 2 == receiver % 2 for known, receiver in told)

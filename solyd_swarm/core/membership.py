@@ -83,6 +83,8 @@ class Membership:
         on_down: Callable[[Link], None],
     ) -> None:
         self.me = me
+        self.tells: Callable[[PeerInfo, bytes], PeerInfo] | None = None
+        """What of a peer's addresses another one (by instance key) is told; None: all."""
         self.config = config
         self.active: dict[bytes, Link] = {}
         self.passive: dict[bytes, tuple[PeerInfo, bytes]] = {}  # with who told us (empty: a source, or the peer itself)
@@ -198,7 +200,7 @@ class Membership:
         if newcomer.info.addresses:
             for peer in self.active:
                 if peer != newcomer.peer:
-                    self._send(peer, ForwardJoin(newcomer.info, self.config.active_random_walk))
+                    self._send(peer, ForwardJoin(self._known(newcomer.info, peer), self.config.active_random_walk))
 
     def _walk_join(self, link: Link, frame: ForwardJoin, now: float) -> None:
         peer = frame.peer.instance
@@ -212,7 +214,8 @@ class Membership:
             self._remember(frame.peer, link.peer)
         onward = [other for other in self.active if other not in (link.peer, peer)]
         if onward:
-            self._send(self._rng.choice(onward), ForwardJoin(frame.peer, ttl - 1))
+            peer = self._rng.choice(onward)
+            self._send(peer, ForwardJoin(self._known(frame.peer, peer), ttl - 1))
         else:
             self._approach(frame.peer, link.peer, now)
 
@@ -249,10 +252,10 @@ class Membership:
             self._shuffle_routes[frame.origin.instance] = link.peer
             while len(self._shuffle_routes) > MAX_SHUFFLE_ROUTES:
                 del self._shuffle_routes[next(iter(self._shuffle_routes))]
-            self._send(self._rng.choice(onward), Shuffle(frame.origin, ttl, frame.peers))
+            self._send_shuffle(self._rng.choice(onward), frame.origin, ttl, frame.peers)
             return
         answer = self._sample(min(len(frame.peers) + 1, MAX_PEERS), frame.origin.instance)
-        self._send(link.peer, ShuffleReply(frame.origin.instance, answer))
+        self._send(link.peer, ShuffleReply(frame.origin.instance, self._told(answer, link.peer)))
         self._learn([frame.origin, *frame.peers], link.peer)
 
     def _shuffle_replied(self, link: Link, frame: ShuffleReply) -> None:
@@ -260,7 +263,7 @@ class Membership:
         if frame.origin == self.me.instance:
             self._learn(frame.peers, link.peer)
         elif back in self.active:
-            self._send(back, frame)
+            self._send(back, ShuffleReply(frame.origin, self._told(frame.peers, back)))
 
     # -- views ------------------------------------------------------------------------------------------------
 
@@ -396,7 +399,20 @@ class Membership:
         passive = [info for info, _ in self.passive.values() if info.addresses]
         sample = self._rng.sample(active, min(self.config.shuffle_active, len(active)))
         sample += self._rng.sample(passive, min(self.config.shuffle_passive, len(passive)))
-        self._send(target, Shuffle(self.me, self.config.active_random_walk, sample))
+        self._send_shuffle(target, self.me, self.config.active_random_walk, sample)
+
+    def _send_shuffle(self, peer: bytes, origin: PeerInfo, ttl: int, infos: list[PeerInfo]) -> None:
+        self._send(peer, Shuffle(self._known(origin, peer), ttl, self._told(infos, peer)))
+
+    def _known(self, info: PeerInfo, peer: bytes) -> PeerInfo:
+        return info if self.tells is None else self.tells(info, peer)
+
+    def _told(self, infos: list[PeerInfo], peer: bytes) -> list[PeerInfo]:
+        """What of these a neighbour is told."""
+        if self.tells is None:
+            return infos
+        told = [self.tells(info, peer) for info in infos]
+        return [info for info in told if info.addresses]
 
     def _send(self, peer: bytes, frame: Frame) -> None:
         self._out.append(Send(peer, encode(frame)))
