@@ -15,7 +15,7 @@ import solyd_swarm
 from solyd_swarm import Swarm, pubsub
 from solyd_swarm.core import wire
 from solyd_swarm.core.envelope import seal
-from solyd_swarm.core.events import Publish, Received
+from solyd_swarm.core.events import Publish, Received, Send, Tick
 
 ROOT = Path(solyd_swarm.__file__).parent.parent
 PATIENCE = 10.0
@@ -120,14 +120,21 @@ def publish_raw(swarm: Swarm, payload: bytes) -> None:
 
 
 def give_forged(author: Swarm, receiver: Swarm, first: int, payload: bytes) -> None:
-    """Has a neighbour of the receiver give it an envelope that the author signed, with numbers that it may have used before."""
-    driver = receiver._driver
+    """Has the author, a neighbour, give the receiver an envelope that it signed, with numbers that it may have used before."""
+    driver = author._driver
     assert driver is not None
     overlay = driver.overlay
     identity = author._node.identity
     envelope = seal(overlay.topic_id, identity.public_key, author._epoch, first, time.time_ns() // 1000, (payload,), identity.sign)
     frame = wire.encode(wire.Gossip(0, 0, envelope.body, envelope.signature))
-    on_loop(receiver, lambda: driver.feed(Received(next(iter(overlay.neighbors)), [frame])))
+
+    def give() -> None:
+        (link,) = [link for link in overlay.neighbors.values() if link.author == receiver._node.identity.public_key]
+        link.note_sent()
+        overlay._out.append(Send(link.peer, frame))
+        driver.feed(Tick())
+
+    on_loop(author, give)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 import pytest
 from simulated import digests, mesh, star
 
-from solyd_swarm.core.events import Dial, DialFailed, Discovered, LinkUp
+from solyd_swarm.core.doubts import DIVIDED_AGE, MAX_DOUBTS, Doubts
+from solyd_swarm.core.events import Dial, DialFailed, Discovered, LinkUp, Tick
 from solyd_swarm.core.healing import MAX_CANDIDATES
 from solyd_swarm.simulation.network import Network, Peer
 
@@ -52,7 +53,65 @@ def test_a_candidate_that_has_no_room_for_us_is_no_less_one(seed: int) -> None:
     net.run(2.0)
     net.discover(few[0], many[3], tell_instance=bool(seed % 2))
     assert net.run_until(lambda: few[1].messages == [b"of the many"], 60.0)
-    assert net.run_until(net.graph_is_connected, 5.0)
+    assert net.run_until(net.graph_is_connected, DIVIDED_AGE + 1.0)
+
+
+def test_halves_that_talk_all_the_time_become_one(seed: int) -> None:
+    """Each comparison carries over what is new: too young to tell the halves apart by its age, and equal from then on."""
+    net = Network(seed)
+    one, other = star(net, 12), star(net, 12)
+    net.run(10.0)
+    for near, far in zip(one, other, strict=True):
+        net.discover(near, far)
+    begun = net.now
+    while not net.graph_is_connected():
+        for half in (one, other):
+            net.publish(half[0], b"at %f" % net.now)
+        net.run(0.5)
+        assert net.now - begun <= 45.0
+    assert net.run_until(lambda: len(digests([*one, *other])) == 1, 20.0)
+
+
+def test_a_message_that_only_just_was_published_does_not_part_neighbours(seed: int) -> None:
+    """In one swarm, what a candidate has a moment before we do comes from the neighbours, too: it is let go."""
+    net = Network(seed, latency=(0.05, 0.2))
+    peers = mesh(net, 30, settle=40.0)
+    downs = sum(len(peer.neighbor_downs) for peer in peers)
+    turn = doubted = 0
+    while doubted < 4 and turn < 600:
+        turn += 1
+        near, far = net.rng.sample([peer for peer in peers if len(peer.overlay.neighbors) == 5], 2)
+        net.discover(near, far)
+        near.overlay.healing._next = net.now
+        net.feed(near, Tick())
+        net.run(0.05 * (turn % 10))
+        net.publish(peers[turn % 30], b"message %d" % turn)
+        doubted += net.run_until(lambda: any(peer.overlay.doubts for peer in peers), 1.0)
+        net.run(1.0)
+    assert doubted == 4
+    assert sum(len(peer.neighbor_downs) for peer in peers) - downs <= 8
+    net.run(15.0)
+    assert len(digests(peers)) == 1
+    assert not any(peer.overlay.doubts for peer in peers)
+
+
+def test_doubts_are_bounded_and_end() -> None:
+    doubts = Doubts()
+    ids = [number.to_bytes(32, "big") for number in range(MAX_DOUBTS + 1)]
+    assert all(doubts.hold(id, b"giver", 7.0) for id in ids[:-1])
+    assert not doubts.hold(ids[-1], b"giver", 7.0)
+    assert doubts.concerns(b"giver")
+    assert doubts.brought(ids[0])
+    assert not doubts.brought(ids[0])
+    doubts.told(ids[1])
+    doubts.told(ids[-1])
+    assert doubts.next == 7.0
+    assert not doubts.due(6.9)
+    due = doubts.due(7.0)
+    assert [id for id, _ in due] == ids[1:-1]
+    assert [doubt.told for _, doubt in due] == [True] + [False] * (MAX_DOUBTS - 2)
+    assert doubts.next is None
+    assert not doubts.concerns(b"giver")
 
 
 def test_a_candidate_that_differs_is_kept_and_one_that_does_not_is_let_go(seed: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from solyd_swarm.core.doubts import Doubts
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log, Record
@@ -84,7 +85,14 @@ class Broadcast:
     """
 
     def __init__(
-        self, active: dict[bytes, Link], log: Log, out: list[Action], author: bytes, epoch: Callable[[], int], config: BroadcastConfig
+        self,
+        active: dict[bytes, Link],
+        log: Log,
+        out: list[Action],
+        author: bytes,
+        epoch: Callable[[], int],
+        config: BroadcastConfig,
+        doubts: Doubts,
     ) -> None:
         self.config = config
         self._active = active
@@ -92,6 +100,7 @@ class Broadcast:
         self._out = out
         self._author = author
         self._epoch = epoch
+        self._doubts = doubts
         self._missing: dict[bytes, _Missing] = {}
         self._lazy: dict[bytes, list[tuple[bytes, int]]] = {}  # peer -> (id, hops) to be announced
         self._lazy_due: float | None = None
@@ -248,6 +257,8 @@ class Broadcast:
             held = self._log.witnessed(id)
             link.note_received(id, held, matters=self._log.may_be_by(id, link.author))
             if held:
+                if self._doubts and link.up:
+                    self._doubts.told(id)
                 record = self._log.get(id)
                 if record is not None and record.via and link.up:
                     self._optimize(link, hops, record, now)

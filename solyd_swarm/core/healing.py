@@ -7,12 +7,16 @@ it, and keeps it when they differ.
 import random
 from collections.abc import Callable
 
+from solyd_swarm.core.doubts import DIVIDED_AGE
 from solyd_swarm.core.events import Action, Addresses, Dial, DialFailed, Discovered, LinkUp
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.membership import Membership
 
 MAX_CANDIDATES = 256
 """Discovered peers outside our views, kept for healing: bounds a poisoned source. A random one goes."""
+
+ASK_PAUSE = 0.5
+"""Seconds between two requests for a place, to a peer of another half."""
 
 Key = bytes | Addresses
 """The instance key, or the addresses where the source does not tell it."""
@@ -50,11 +54,12 @@ class Healing:
         self._dialled: dict[Key, float] = {}  # dials on their way, until when nobody need try again
         self._probes: dict[Key, float] = {}  # those of them that are for healing
         self._comparing: dict[bytes, float] = {}  # links dialled to compare digests only
+        self._wanted: dict[bytes, float] = {}  # peers of another half, asked for a place until then
         self._next: float | None = None
 
     def uses(self, peer: bytes) -> bool:
-        """Whether digests are being compared with this peer."""
-        return peer in self._comparing
+        """Whether digests are being compared with this peer, or it is asked for a place."""
+        return peer in self._comparing or peer in self._wanted
 
     # -- candidates -------------------------------------------------------------------------------------------
 
@@ -125,12 +130,33 @@ class Healing:
     def neighbor_up(self, peer: bytes) -> None:
         """The link has become a neighbour's."""
         self._comparing.pop(peer, None)
+        self._wanted.pop(peer, None)
         self._candidates.pop(peer, None)
 
     def settled(self, link: Link, equal: bool, now: float) -> None:
         """A digest round has ended: who knows something else is worth a place, unless that is merely on its way just now."""
-        if self._comparing.pop(link.peer, None) is not None and not equal and link.divided and not link.up:
-            self._membership.request(link, now, high=True)
+        if self._comparing.pop(link.peer, None) is None or equal or link.up:
+            return
+        if link.divided:
+            self._keep(link, now)
+        else:
+            self._comparing[link.peer] = now + 2 * DIVIDED_AGE  # one of us is in doubt, and may need this link
+
+    def divided(self, peer: bytes, now: float) -> None:
+        """What a peer outside the active view gave us, our neighbours never had."""
+        link = self._links.get(peer)
+        if link is not None and not link.up:
+            self._keep(link, now)
+
+    def _keep(self, link: Link, now: float) -> None:
+        # Asked for more than once: it may just be about to refuse us an ordinary place. What tells the halves apart may not come again.
+        self._wanted[link.peer] = now + self._patience
+        self._membership.request(link, now, high=True)
+
+    def _ask_again(self, now: float) -> None:
+        self._wanted = {peer: until for peer, until in self._wanted.items() if until > now and peer in self._links}
+        for peer in self._wanted:
+            self._membership.request(self._links[peer], now, high=True)
 
     def tick(self, now: float) -> float:
         """Tries one candidate when due; returns when to come back."""
@@ -141,6 +167,9 @@ class Healing:
             self._comparing = {peer: until for peer, until in self._comparing.items() if until > now}
             self._probes = {key: until for key, until in self._probes.items() if until > now}
             self._try_one(now)
+        if self._wanted:
+            self._ask_again(now)
+            return min(self._next, now + ASK_PAUSE)
         return self._next
 
     def _try_one(self, now: float) -> None:

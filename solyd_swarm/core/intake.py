@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from solyd_swarm.core.antientropy import AntiEntropy, check_proof
 from solyd_swarm.core.broadcast import Broadcast
+from solyd_swarm.core.doubts import DIVIDED_AGE, Doubts
 from solyd_swarm.core.envelope import Envelope, Verifier, envelope_id, equivocate, equivocation_id, open_envelope
 from solyd_swarm.core.events import Action, Deliver, Equivocated
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log, Outcome, Record
 from solyd_swarm.core.order import Delivery, Sequencer
-from solyd_swarm.core.pulling import DIVIDED_AGE
 from solyd_swarm.core.wire import MAX_HOPS, Gossip, Proof, Transfer
 from solyd_swarm.errors import RemoteProtocolError
 
@@ -36,6 +36,7 @@ class Intake:
         sequencer: Sequencer,
         broadcast: Broadcast,
         antientropy: AntiEntropy,
+        doubts: Doubts,
         active: dict[bytes, Link],
         out: list[Action],
         accept_age: Callable[[float], float],
@@ -47,6 +48,7 @@ class Intake:
         self._sequencer = sequencer
         self._broadcast = broadcast
         self._antientropy = antientropy
+        self._doubts = doubts
         self._active = active
         self._out = out
         self._accept_age = accept_age
@@ -57,7 +59,10 @@ class Intake:
         id = envelope_id(frame.body)
         if self._log.witnessed(id):
             link.note_received(id, True, matters=self._log.may_be_by(id, link.author))
-            self._broadcast.duplicate(link, now)
+            if self._doubts and link.up and self._doubts.brought(id):
+                self._pass_on(id, now, without=link.peer)
+            else:
+                self._broadcast.duplicate(link, now)
             return False
         taken = self._take(link, id, frame, now, pulled=False)
         link.note_received(id, True, matters=taken is None or taken[1].author == link.author)
@@ -78,12 +83,32 @@ class Intake:
         review = False
         if taken is not None:
             record, envelope = taken
-            if self._sequencer.settled:
+            if self._is_doubtful(link, id, frame.age / 1000, now):
+                review = True
+            elif self._sequencer.settled:
                 # Others may lack it too, and learn of it now rather than a digest period later; not so what a joiner catches up on.
                 self._broadcast.push(record, now, without=link.peer, lazily=True)
-            review = self._deliver_on(envelope, link, now)
+            review = self._deliver_on(envelope, link, now) or review
         # Answered only now: ending the round may begin delivery, which must see this envelope.
         return self._antientropy.pulls.answered(link, id, now, len(frame.body)) or review
+
+    def _is_doubtful(self, link: Link, id: bytes, age: float, now: float) -> bool:
+        """Whether neighbours may yet bring what someone else gave us; then it is held until that is clear."""
+        if link.up or age > DIVIDED_AGE or not self._active or not self._sequencer.settled:
+            return False
+        return self._doubts.hold(id, link.peer, now + DIVIDED_AGE - age)
+
+    def _pass_on(self, id: bytes, now: float, without: bytes = b"", *, lazily: bool = False) -> None:
+        record = self._log.get(id)
+        if record is not None and record.envelope is not None:
+            self._broadcast.push(record, now, without=without, lazily=lazily)
+
+    def release(self, now: float) -> list[bytes]:
+        """Passes on what was held long enough. Returns who gave something that no neighbour has told of."""
+        due = self._doubts.due(now)
+        for id, _ in due:
+            self._pass_on(id, now, lazily=True)
+        return list(dict.fromkeys(doubt.giver for _, doubt in due if not doubt.told))
 
     def _take(self, link: Link, id: bytes, frame: Gossip | Transfer, now: float, *, pulled: bool) -> tuple[Record, Envelope] | None:
         """Verifies an envelope and offers it to the log; its record and itself where it is new, to be relayed and delivered."""

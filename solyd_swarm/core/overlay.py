@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from solyd_swarm.core import wire
 from solyd_swarm.core.antientropy import AntiEntropy, AntiEntropyConfig
 from solyd_swarm.core.broadcast import Broadcast, BroadcastConfig
+from solyd_swarm.core.doubts import Doubts
 from solyd_swarm.core.envelope import Envelope, Signer, Verifier, seal, split_batch, verify_ed25519
 from solyd_swarm.core.events import (
     Action,
@@ -103,7 +104,8 @@ class Overlay:
         self.sequencer = Sequencer(replay=config.replay, gap_wait=config.gap_wait, max_waiting=config.max_bytes)
         self.membership = Membership(me, self._links, self._out, rng, config.membership, self._neighbor_up, self._neighbor_down)
         active = self.membership.active
-        self.broadcast = Broadcast(active, self.log, self._out, author, lambda: self.epoch, config.broadcast)
+        self.doubts = Doubts()
+        self.broadcast = Broadcast(active, self.log, self._out, author, lambda: self.epoch, config.broadcast, self.doubts)
         self.antientropy = AntiEntropy(
             self._links,
             active,
@@ -124,6 +126,7 @@ class Overlay:
             self.sequencer,
             self.broadcast,
             self.antientropy,
+            self.doubts,
             active,
             self._out,
             self._accept_age,
@@ -163,7 +166,7 @@ class Overlay:
 
     def uses(self, peer: bytes) -> bool:
         """Whether this topic has a use for the peer's channel."""
-        return peer in self.membership.active or self.healing.uses(peer)
+        return peer in self.membership.active or self.healing.uses(peer) or self.doubts.concerns(peer)
 
     # -- events -----------------------------------------------------------------------------------------------
 
@@ -358,7 +361,9 @@ class Overlay:
             self.intake.deliver(self.sequencer.settle(now))
         if self.sequencer.settled:
             self._settle_at = None
-        times = (self.antientropy.tick(now), self.log.next_expiry(), self.sequencer.deadline, self._settle_at)
+        for giver in self.intake.release(now) if self.doubts else ():
+            self.healing.divided(giver, now)
+        times = (self.antientropy.tick(now), self.doubts.next, self.log.next_expiry(), self.sequencer.deadline, self._settle_at)
         return min(self.membership.tick(now), self.healing.tick(now), *[time for time in times if time is not None])
 
     def _acknowledge(self) -> None:

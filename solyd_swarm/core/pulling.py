@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from solyd_swarm.core.broadcast import SERVED_BYTES
+from solyd_swarm.core.doubts import DIVIDED_AGE
 from solyd_swarm.core.envelope import Envelope
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import Link
@@ -23,8 +24,6 @@ LOW_QUEUE = 4096
 """Ids left to be pulled from one peer at which it is asked for more: it lists them faster than it can give the bodies."""
 MAX_REFUSED = 65_536
 """Ids that a peer advertised and then did not give, per peer; they are not asked of it again for a while. The oldest go first."""
-DIVIDED_AGE = 5.0
-"""Seconds after which members of one swarm have told one another what is new: who lacks something older is of another half."""
 SHORT_RUN = 2
 """Ids that are asked for one by one; a longer run is asked for by its ends."""
 GONE_BYTES = 50

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from kademlia.network import Server
 
 from solyd_swarm.discovery import dht_wire as wire
-from solyd_swarm.discovery.dht_lookup import ALPHA, CROWDED, Holder, LookUp, Report, wide_look_up
+from solyd_swarm.discovery.dht_lookup import ALPHA, CROWDED, SURVEY_SECONDS, Holder, LookUp, Report, wide_look_up
 from solyd_swarm.discovery.dht_protocol import DhtProtocol, Host
 from solyd_swarm.discovery.dht_storage import Caps, Entry, RecordStorage
 from solyd_swarm.discovery.records import SignedRecord, dht_key
@@ -30,6 +30,7 @@ __all__ = ["DhtServer", "Holder", "LookUp"]
 log = logging.getLogger("solyd_swarm.discovery.dht")
 
 MEASURES = 9
+"""Measures of the DHT's density that are kept: the median tells, whatever a few of them saw."""
 RANDOM_IDS = 2
 """Random ids looked up beside our own when the table is refreshed: they fill it (section 2.3 of the paper) and tell the DHT's density."""
 
@@ -56,6 +57,7 @@ class DhtServer(Server):  # type: ignore[misc]
         super().__init__(ksize=wire.REPLICAS, alpha=ALPHA, node_id=secrets.token_bytes(20), storage=storage)
         self._stored, self._met, self._monotonic = stored, met, monotonic
         self._radii: deque[int] = deque(maxlen=MEASURES)
+        self._survey: asyncio.Task[None] | None = None
 
     def _create_protocol(self) -> DhtProtocol:
         return DhtProtocol(self.node, self.storage, stored=self._stored, met=self._met, monotonic=self._monotonic)
@@ -125,27 +127,44 @@ class DhtServer(Server):  # type: ignore[misc]
 
     async def refresh(self) -> None:
         """Look for our own id, for random ones, and for one in each bucket not touched for an hour (section 2.3 of the paper)."""
-        for node_id in [self.node.id, *[secrets.token_bytes(20) for _ in range(RANDOM_IDS)]]:
-            holders = await LookUp(self.protocol, node_id).run()
-            if len(holders) == wire.REPLICAS:
-                self._radii.append(_distance(holders[-1], node_id))
+        await self._look_around()
         for node_id in self.protocol.get_refresh_ids():
             await LookUp(self.protocol, node_id).run()
+
+    async def _look_around(self) -> None:
+        """Look for our own id and random ones; whoever asks meanwhile waits for the same."""
+        if self._survey is None:
+            self._survey = asyncio.get_running_loop().create_task(self._measure(), name="dht survey")
+        survey = self._survey
+        await asyncio.wait([survey])
+        if self._survey is survey:
+            self._survey = None
+
+    async def _measure(self) -> None:
+        ids = [self.node.id, *[secrets.token_bytes(20) for _ in range(RANDOM_IDS)]]
+        found = await asyncio.gather(*[LookUp(self.protocol, node_id, seconds=SURVEY_SECONDS).run() for node_id in ids])
+        for node_id, holders in zip(ids, found, strict=True):
+            if len(holders) == wire.REPLICAS:
+                self._radii.append(_distance(holders[-1], node_id))
 
     async def get(self, key: bytes, public: bytes | None = None, report: Report | None = None) -> list[Holder]:
         """Look a key up, here and at the nodes closest to it; see `LookUp`. Returns those nodes: k, or more where the key is crowded."""
         if public is not None and report is not None:
             for entry in self.storage.entries(key):
                 report(entry.record, entry.sender)
-        first = LookUp(self.protocol, key, public, report)
-        holders = await first.run()
-        if public is None or not holders or not self._radii:
-            return holders
         # Attack: nodes with ids chosen next to a key swallow what is stored there. It is stored around them, too. The median holds
         # while they are at fewer than half of the ids looked up, which are random and our own.
+        crowded = median_low(self._radii) // CROWDED if self._radii and public is not None else 0
+        first = LookUp(self.protocol, key, public, report, crowded=crowded)
+        holders = await first.run()
+        if public is None or first.asked() < wire.REPLICAS:
+            return holders
+        if not self._radii:
+            await self._look_around()
+            if not self._radii:
+                return holders
         radius = median_low(self._radii)
-        crowded = len(holders) == wire.REPLICAS and _distance(holders[-1], key) < radius // CROWDED
-        if not crowded and not first.cut_short:
+        if first.asked(within=radius // CROWDED) < wire.REPLICAS and not first.cut_short:
             return holders
         return holders + await wide_look_up(self.protocol, first, key, public, report, radius)
 
@@ -174,6 +193,9 @@ class DhtServer(Server):  # type: ignore[misc]
 
     async def close(self) -> None:
         """Close the socket and wait until it is closed; requests that wait end without a reply."""
+        if self._survey is not None:
+            self._survey.cancel()
+            await asyncio.wait([self._survey])
         if self.protocol is not None and not self.protocol.lost.done():
             self.protocol.stop()
             self.transport.abort()

@@ -30,6 +30,8 @@ SLOW = 0.3
 """Seconds after which a request is slow, and another one is made beside it: many dead nodes cost this for four, not a second each."""
 LOOKUP_SECONDS = 6.0
 """Longest that a look-up takes, whatever it is told."""
+SURVEY_SECONDS = 3.0
+"""Longest that a look-up takes that is only to see who is there: what answers later than that is of no use either."""
 MAX_ASKED = 96
 MAX_KNOWN = 128
 SEEDS = 64
@@ -64,6 +66,10 @@ class LookUp:
         report: called at once with each record that is new to this look-up or newer than what it gave before.
         among: ask these nodes, and no others that they tell of; None: begin with what the routing table has.
         earlier: a look-up whose records are not to be given again.
+        crowded: a distance within which k nodes that answer are too many to be there by chance: it ends when there are, since whoever
+            put them there may have made up any number of others.
+        shun: nodes closer to this key than that are not asked, nor heard of.
+        seconds: longest that it takes.
     """
 
     def __init__(
@@ -75,6 +81,9 @@ class LookUp:
         *,
         among: Iterable[Any] | None = None,
         earlier: "LookUp | None" = None,
+        crowded: int = 0,
+        shun: tuple[bytes, int] = (bytes(20), 0),
+        seconds: float = LOOKUP_SECONDS,
     ) -> None:
         self._protocol = protocol
         self._target = Node(key)
@@ -89,6 +98,9 @@ class LookUp:
         self._repeats: Counter[bytes] = Counter()
         self._requests = 0
         self._late = False
+        self._crowded = crowded
+        self._shunned, self._berth = int.from_bytes(shun[0], "big"), shun[1]
+        self._seconds = seconds
         self._curious = among is None
         self._homes: dict[Host, bytes] = {(node.ip, node.port): node.id for node in protocol.router.contacts()}
         for node in protocol.router.find_neighbors(self._target, SEEDS) if among is None else among:
@@ -98,9 +110,9 @@ class LookUp:
         """Ask until the closest nodes have all answered or failed. Returns those that answered, closest first, at most k."""
         loop = asyncio.get_running_loop()
         pending: dict[asyncio.Future[bytes | None], tuple[Any, float]] = {}
-        deadline = loop.time() + LOOKUP_SECONDS
+        deadline = loop.time() + self._seconds
         try:
-            while (now := loop.time()) < deadline:
+            while (now := loop.time()) < deadline and not self.is_crowded:
                 prompt = [asked for _, asked in pending.values() if asked > now - SLOW]
                 slow = {node.id for node, asked in pending.values() if asked <= now - SLOW}
                 for node in self._next(ALPHA - len(prompt), slow):
@@ -115,12 +127,23 @@ class LookUp:
                     if self._take(node, future.result()):
                         pending[self._ask(node)] = node, loop.time()
             else:
-                self._late = True
+                self._late = not self.is_crowded
         finally:
             for future in pending:
                 future.cancel()
         near = self._closest([holder.node for holder in self._holders.values()])
         return [self._holders[node.id] for node in near]
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether k nodes have answered that are within the distance `crowded`."""
+        if not self._crowded or len(self._holders) < wire.REPLICAS:
+            return False
+        return self._distance(self._closest([holder.node for holder in self._holders.values()])[-1]) < self._crowded
+
+    def asked(self, within: int = 1 << 160) -> int:
+        """How many nodes were asked that are, or are said to be, within a distance, whether they answered or not."""
+        return sum(int.from_bytes(node_id, "big") ^ int.from_bytes(self._target.id, "big") < within for node_id in self._asked)
 
     @property
     def cut_short(self) -> bool:
@@ -229,6 +252,8 @@ class LookUp:
         return True
 
     def _learn(self, node: Any, teller: bytes) -> None:
+        if int.from_bytes(node.id, "big") ^ self._shunned < self._berth:
+            return
         if self.has_asked(node) or node.id in self._known or node.id == self._protocol.source_node.id:
             return
         if self._homes.get((node.ip, node.port), node.id) != node.id:
@@ -254,8 +279,8 @@ async def wide_look_up(protocol: DhtProtocol, first: LookUp, key: bytes, public:
     """Ask around a key whose closest nodes are too close to be there by chance: they may be there to hide it.
 
     Records are put at, and looked for at, all nodes found within the distance where the k closest honest ones have to be, however many
-    others there are: a region-based query (Sridhar et al., "Content Censorship in the InterPlanetary File System", NDSS 2024). The
-    region's nodes are found through look-ups of ids next to the key, as those of the key itself lead to the crowd.
+    others there are. The region's nodes are found through look-ups of ids next to the key that leave the crowd out: what is asked for
+    the key itself leads there.
 
     Args:
         first: the look-up of the key, which has run.
@@ -266,7 +291,8 @@ async def wide_look_up(protocol: DhtProtocol, first: LookUp, key: bytes, public:
     """
     top = max(radius.bit_length(), SIBLINGS)
     targets = [(int.from_bytes(key, "big") ^ 1 << min(top - number, 159)).to_bytes(20, "big") for number in range(SIBLINGS)]
-    around = [LookUp(protocol, target) for target in dict.fromkeys(targets)]
+    crowd = key, radius // CROWDED
+    around = [LookUp(protocol, target, shun=crowd, seconds=SURVEY_SECONDS) for target in dict.fromkeys(targets)]
     await asyncio.gather(*[each.run() for each in around])
     target = Node(key)
     nodes = {node.id: node for each in around for node in each.answered if not first.has_asked(node)}
