@@ -12,7 +12,7 @@ from endpoints import HALL, PATIENT, QUICK, ROOM, Host, black_hole, hosts, proxy
 
 from solyd_swarm.core.events import DialFailed
 from solyd_swarm.net import dialler
-from solyd_swarm.net.dialler import MAX_DIALS
+from solyd_swarm.net.dialler import MAX_DIALS, interleave
 from solyd_swarm.net.sockaddr import socket_address
 
 
@@ -72,6 +72,44 @@ async def test_dead_addresses_cost_nothing(hole, refused, mute):
         await until(lambda: not one.endpoint._dialler._tasks)
         assert not a.failures
         await until(lambda: not one.endpoint._strangers)
+
+
+async def test_addresses_come_one_after_another_until_one_answers(hole, refused, monkeypatch):
+    """RFC 8305: the next begins when one fails, or after a while; what is left when one has answered is not dialled."""
+    dialled = []
+    attempt = dialler.Dialler._attempt
+
+    def watch(self, goals, host, port):
+        dialled.append((host, port))
+        return attempt(self, goals, host, port)
+
+    monkeypatch.setattr(dialler.Dialler, "_attempt", watch)
+    monkeypatch.setattr(dialler, "ATTEMPT_DELAY", 3600.0)
+    async with hosts(Host(), Host()) as (one, other):
+        a = one.join()
+        other.join()
+        one.dial((*refused, *other.at, *hole))
+        await until(lambda: a.ups)
+        assert dialled == [*refused, *other.at]
+
+
+async def test_an_address_that_hangs_holds_nothing_up(hole, monkeypatch):
+    monkeypatch.setattr(dialler, "ATTEMPT_DELAY", 0.01)
+    async with hosts(Host(replace(PATIENT, connect=3600.0)), Host()) as (one, other):
+        a = one.join()
+        other.join()
+        one.dial((*hole * 5, *other.at))
+        await until(lambda: a.ups)
+        await until(lambda: not one.endpoint._dialler._tasks)
+
+
+def test_families_take_turns():
+    four = [("192.0.2.1", 1), ("192.0.2.2", 2), ("192.0.2.3", 3)]
+    six = [("2001:db8::1", 1), ("fe80::1%lo", 2)]
+    assert interleave((*four, *six)) == [four[0], six[0], four[1], six[1], four[2]]
+    assert interleave((*six, *four)) == [six[0], four[0], six[1], four[1], four[2]]
+    assert interleave(tuple(four)) == four
+    assert interleave(()) == []
 
 
 async def test_nobody_answers_anywhere(hole, refused, mute):
