@@ -148,7 +148,7 @@ class BaseNode:
             dht=options.dht,
             mainline=options.dht and options.mainline_routers(),
             portmap=options.portmap and scope_of(bound[0]) != "loopback",
-            dht_host=self._bound_host if options.listen else "0.0.0.0",
+            dht_host=self._bound_host if options.listen else "::",
             book=AddressBook(self.identity if options.identity is not None else None),
             is_reached=lambda host, port: bool(self.endpoint.instance_at(((host, port),))),
             found=self._found,

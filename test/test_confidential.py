@@ -1,9 +1,10 @@
 """Whoever records all traffic of a swarm learns neither topic, nor authors, nor messages, nor that it is the same swarm as days ago.
 
-Whole processes on hosts of their own: one by which the others get into the DHT, and two members of two topics, one found by mDNS, the
-other by the DHT alone.
+Whole processes on hosts of their own: one by which the others get into the DHT, nodes of the BitTorrent DHT, and two members of three
+topics: found by mDNS, by our own DHT, and by the BitTorrent DHT alone.
 """
 
+import importlib.util
 import json
 import re
 import secrets
@@ -21,10 +22,11 @@ from hosts import Host, Lab, require
 from processes import Process
 
 from solyd_swarm.core.keys import derive, derive_topic_id, derive_topic_key, parse_author
+from solyd_swarm.discovery.mainline_rules import days_looked_up, infohash_of
 from solyd_swarm.discovery.records import DAY_SECONDS, DayKeys, day_of
 
 DAYS = 4
-LAN, FAR = "confidential-lan-topic", "confidential-dht-topic"
+LAN, FAR, WORLD = "confidential-lan-topic", "confidential-dht-topic", "confidential-mainline-topic"
 SECRET = b"a secret that is long enough"
 HOST_NAME, USER_NAME = "hostname-of-a-member", "username-of-a-member"
 
@@ -45,12 +47,27 @@ with Node(mdns=False) as node:
     sys.stdin.read()
 """
 
+MAINLINE = """
+import sys
+import libtorrent
+quiet = dict.fromkeys(("enable_lsd", "enable_upnp", "enable_natpmp", "dht_restrict_routing_ips", "dht_restrict_search_ips"), False)
+sessions = []
+for number in range(101, 111):
+    routers = "44.0.0.101:6881" if sessions else ""
+    settings = {**quiet, "listen_interfaces": f"44.0.0.{number}:6881", "dht_bootstrap_nodes": routers, "dht_block_ratelimit": 10_000}
+    sessions.append(libtorrent.session(settings))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
 MEMBER = """
-lan, far, ticket, identity = json.loads(sys.stdin.readline())
+lan, far, world, ticket, identity = json.loads(sys.stdin.readline())
 swarms = {
     "lan": pubsub(lan, dht=False, identity=identity + "-lan"),
-    "far": pubsub(far, mdns=False, bootstrap=ticket, secret=b"a secret that is long enough", identity=identity + "-far"),
+    "far": pubsub(far, mdns=False, mainline=False, bootstrap=ticket, secret=b"a secret that is long enough", identity=identity + "-far"),
 }
+if world:
+    swarms["world"] = pubsub(world, mdns=False, mainline=["44.0.0.101:6881", "44.0.0.102:6881"], identity=identity + "-world")
 for name, swarm in swarms.items():
     swarm.on("message", lambda obj, name=name: say("got", name, hashlib.sha256(obj["data"]).hexdigest()))
     say("id", name, swarm.id)
@@ -82,21 +99,24 @@ def start(host: Host, script: str, days: int) -> Process:
     return host.process(["unshare", "--uts", sys.executable, "-u", "-c", PROLOGUE + script], **environment)
 
 
-def run(lab_hosts: list[Host], lan: str, far: str, days: int, identities: Path) -> Session:
-    """Two members meet in two topics, tell one another something in each, and leave."""
-    session = Session({lan: None, far: SECRET}, day_of(time.time()) + days)
+def run(lab_hosts: list[Host], lan: str, far: str, world: str, days: int, identities: Path) -> Session:
+    """Two members meet in each topic, tell one another something in it, and leave."""
+    session = Session({lan: None, far: SECRET, **({world: None} if world else {})}, day_of(time.time()) + days)
+    names = ("lan", "far", "world") if world else ("lan", "far")
     recorded: list[list[tuple[float, bytes]]] = []
     with ExitStack() as stack:
         recorded += [stack.enter_context(host.capture()) for host in lab_hosts]
         entry = stack.enter_context(start(lab_hosts[0], ENTRY, days))
+        if world:
+            stack.enter_context(lab_hosts[0].script(MAINLINE)).expect("ready")
         members = [stack.enter_context(start(host, MEMBER, days)) for host in lab_hosts[1:]]
         (ticket,) = entry.expect("(solyd1.*)").groups()
         for number, member in enumerate(members):
-            member.say(json.dumps([lan, far, ticket, str(identities / f"member-{number}")]))
+            member.say(json.dumps([lan, far, world, ticket, str(identities / f"member-{number}")]))
         for member in members:
-            session.authors |= {member.expect("id .* (.*)")[1] for _ in "12"}
-            member.expect("joined far")
-        for name in ("lan", "far"):
+            session.authors |= {member.expect("id .* (.*)")[1] for _ in names}
+            member.expect(f"joined {names[-1]}")
+        for name in names:
             for sender, receiver in (members, members[::-1]):
                 for size in (40, 20_000):  # one within a segment, one over many
                     session.messages.append(secrets.token_bytes(size))
@@ -127,13 +147,17 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sessions]:
     """The same two members and topics: twice on one day, and days later; and others, in other topics, on yet another day."""
     require("unshare")
     kept, others = tmp_path_factory.mktemp("directory-of-a-member"), tmp_path_factory.mktemp("others")
+    world, another = (WORLD, "another-topic-of-mainline") if importlib.util.find_spec("libtorrent") else ("", "")
     with Lab() as lab:
-        three = lab.lan(3)
+        # Addresses of the internet: the BitTorrent DHT does without others.
+        three = lab.lan(3, "44.0.0.{}/24")
+        for number in range(101, 111) if world else ():
+            three[0].interfaces[0].add(f"44.0.0.{number}/24")
         yield Sessions(
-            run(three, LAN, FAR, 0, kept),
-            run(three, LAN, FAR, 0, kept),
-            run(three, LAN, FAR, DAYS, kept),
-            run(three, "another-topic-of-lan", "another-topic-of-dht", 2 * DAYS + 1, others),
+            run(three, LAN, FAR, world, 0, kept),
+            run(three, LAN, FAR, world, 0, kept),
+            run(three, LAN, FAR, world, DAYS, kept),
+            run(three, "another-topic-of-lan", "another-topic-of-dht", another, 2 * DAYS + 1, others),
         )
 
 
@@ -195,7 +219,7 @@ def test_a_capture_holds_neither_topics_nor_authors_nor_messages_nor_names(sessi
         for name in (HOST_NAME, USER_NAME, SECRET.decode(), "directory-of-a-member"):
             needles |= of_text(name, name)
         assert found(needles, session.traffic) == set()
-        assert len(session.authors) == 4
+        assert len(session.authors) == 2 * len(session.topics)
         told = runs([*session.messages, *(message.hex().encode()[:64] for message in session.messages)])
         assert not told & runs(session.traffic.payloads)
 
@@ -209,12 +233,14 @@ def announcements(session: Session) -> set[tuple[bytes, bytes]]:
 def test_the_capture_was_of_what_it_should_be(sessions: Sessions) -> None:
     """Whoever knows the topics finds what is derived from them: tags over mDNS, keys in the DHT, and all messages' bytes."""
     for session in sessions.all():
-        (lan, _), (far, secret) = session.topics.items()
+        (lan, _), (far, secret), *world = session.topics.items()
         announced = announcements(session)
         assert len(announced) == 2
         assert all(tag == derive(derive_topic_key(lan), b"mdns", nonce, size=16) for nonce, tag in announced)
         keys = DayKeys(derive_topic_key(far, secret), session.day)
         assert found({"key": keys.key, "public": keys.public}, session.traffic) == {"key", "public"}
+        infohashes = {topic: infohash_of(derive_topic_key(topic), session.day) for topic, _ in world}
+        assert found(infohashes, session.traffic) == infohashes.keys()
         assert sum(map(len, session.traffic.streams)) > sum(map(len, session.messages))
 
 
@@ -223,11 +249,12 @@ def test_days_cannot_be_linked(sessions: Sessions) -> None:
     usual = runs(sessions.unrelated.traffic.mdns + sessions.unrelated.traffic.other, FIXED)
     one, same_day, later = (peculiar(session.traffic.payloads, usual) for session in (sessions.one, sessions.same_day, sessions.later))
     assert sessions.one.authors == sessions.same_day.authors == sessions.later.authors  # their identities are kept
-    (_, (far, secret)) = sessions.one.topics.items()
+    (_, (far, secret), *world) = sessions.one.topics.items()
     keys = DayKeys(derive_topic_key(far, secret), sessions.one.day)
     shared = one & same_day
     assert shared & runs([keys.key])  # of that day in the DHT: so the comparison sees what there is to see
     assert shared & runs([keys.public])
+    assert all(shared & runs([infohash_of(derive_topic_key(topic), sessions.one.day)]) for topic, _ in world)
     assert one & later == set()
     assert same_day & later == set()
 
@@ -246,12 +273,11 @@ def test_announcements_over_mdns_and_channels_cannot_be_linked_even_on_one_day(s
 
 def test_what_is_derived_for_days_four_apart_has_nothing_in_common() -> None:
     """Whatever a storing node sees, at any hour: each day's keys, those looked up around it included."""
-    mainline = pytest.importorskip("solyd_swarm.discovery.mainline")
     key, instance = derive_topic_key(FAR), bytes(range(32))
 
     def seen(now: float) -> set[bytes]:
         days = [DayKeys(key, day_of(now) + around) for around in (-1, 0, 1)]
-        infohashes = [mainline.infohash_of(key, day) for day in mainline.days_looked_up(now)]
+        infohashes = [infohash_of(key, day) for day in days_looked_up(now)]
         return runs([*(part for keys in days for part in (keys.key, keys.public, keys.slot(instance))), *infohashes])
 
     for hour in range(25):

@@ -3,6 +3,7 @@
 import json
 import re
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -100,6 +101,31 @@ def test_two_meet_quickly(lab: Lab, join: Join, one_has: list[str], other_has: l
     second = join(other)
     assert meet(first, second)[1] < QUICK
     assert mdns(second)[0] == "on"
+
+
+@pytest.mark.parametrize(
+    ("hub_has", "one_has", "other_has"),
+    [
+        (["fd00::9/64"], ["fd00::1/64"], ["fd00::2/64"]),
+        (["10.0.0.9/24"], ["10.0.0.1/24", "fd00::1/64"], ["10.0.0.2/24"]),
+        (["10.0.0.9/24", "fd00::9/64"], ["10.0.0.1/24", "fd00::1/64"], ["fd00::2/64"]),
+    ],
+    ids=["IPv6 only", "IPv4, one has both", "both, one has IPv6 only"],
+)
+def test_two_meet_by_the_dht_alone(lab: Lab, join: Join, hub_has: list[str], one_has: list[str], other_has: list[str]) -> None:
+    """Through a node that is in no topic of theirs: nothing but the DHT can tell them of one another."""
+    bridge = lab.bridge()
+    hub, one, other = lab.host(), lab.host(), lab.host()
+    for host, addresses in ((hub, hub_has), (one, one_has), (other, other_has)):
+        host.plug(bridge, *addresses)
+    by_dht = {"mdns": False, "dht": True, "mainline": False, "portmap": False}
+    listen = "[::]:7000" if any(":" in address for address in hub_has) else "0.0.0.0:7000"
+    with hub.process([sys.executable, "-m", "solyd_swarm", "bootstrap", "--listen", listen]) as node:
+        ticket = node.expect(r"listening on .*, ticket (solyd1\S+)")[1]
+        first, second = (join(host, bootstrap=ticket, **by_dht) for host in (one, other))
+        meet(first, second)
+        first.say("hello")
+        second.expect("got hello")
 
 
 def test_addresses_that_lead_nowhere_cost_nothing(lab: Lab, join: Join) -> None:

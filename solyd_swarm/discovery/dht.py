@@ -9,6 +9,7 @@ import asyncio
 import errno
 import logging
 import secrets
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -89,6 +90,22 @@ class DhtServer(Server):  # type: ignore[misc]
                 await self.bind(host, 0)
             else:
                 raise
+
+    async def listen(self, port: int, interface: str = "::") -> None:
+        """Bind a UDP socket to an IP literal: ``"::"`` for both families, also where the system has them apart. Raises ``OSError``."""
+        family = socket.AF_INET6 if ":" in interface else socket.AF_INET
+        endpoint = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            endpoint.setblocking(False)
+            if family == socket.AF_INET6:
+                endpoint.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, interface != "::")
+            address = await asyncio.get_running_loop().getaddrinfo(interface, port, family=family, flags=socket.AI_NUMERICHOST)
+            endpoint.bind(address[0][4])
+            create = asyncio.get_running_loop().create_datagram_endpoint(self._create_protocol, sock=endpoint)
+            self.transport, self.protocol = await create
+        except BaseException:
+            endpoint.close()
+            raise
 
     @property
     def host(self) -> Host:

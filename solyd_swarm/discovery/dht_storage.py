@@ -16,7 +16,8 @@ from solyd_swarm.discovery.scope import scope_of
 
 SWEEP_SECONDS = 10.0
 OVERHEAD = 1_400
-"""Bytes charged per record on top of its own, for the objects around it: measured, where each record has a key to itself."""
+"""Bytes charged per record on top of its own, for the objects around it; 1,040 were measured (tracemalloc, CPython 3.11) where each
+record has a key to itself."""
 
 
 @dataclass(frozen=True, slots=True)
