@@ -141,7 +141,7 @@ def book(world: World, runs: int, directory: str) -> list[float]:
     return found[1:]
 
 
-def idle(world: World, seconds: float) -> dict[str, tuple[float, float]]:
+def idle(world: World, settle: float, seconds: float) -> dict[str, tuple[float, float]]:
     """Packets and bytes (IP) a minute at a node that uses everything and has one neighbour, both directions."""
     topic = secrets.token_hex(8)
     options = {"bootstrap": "44.3.0.1:7000", "mainline": [f"44.3.0.{number}:6881" for number in (1, 2, 3)]}
@@ -151,7 +151,7 @@ def idle(world: World, seconds: float) -> dict[str, tuple[float, float]]:
         other.expect("ready .*")
         port = int(fresh.expect("ready .* (.*)")[1])
         fresh.expect("connected .*")
-        time.sleep(30.0)
+        time.sleep(settle)
         with world.near.capture("eth0") as frames:
             time.sleep(seconds)
         for _, frame in frames:
@@ -193,6 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Start-to-connected by each way of finding peers, and idle traffic.")
     parser.add_argument("--runs", type=int, default=20, help="newcomers for each way (%(default)s)")
     parser.add_argument("--seconds", type=float, default=120.0, help="seconds of idle traffic; 0: none (%(default)s)")
+    parser.add_argument("--settle", type=float, default=30.0, help="seconds from connected to idle (%(default)s)")
     arguments = parser.parse_args()
     from hosts import Lab, missing
 
@@ -208,7 +209,7 @@ def main() -> int:
             show("address book", book(world, arguments.runs, directory))
             if arguments.seconds:
                 print(f"\n{'idle, a minute, both directions':32} {'packets':>8} {'bytes':>8}")
-                for kind, (packets, size) in idle(world, arguments.seconds).items():
+                for kind, (packets, size) in idle(world, arguments.settle, arguments.seconds).items():
                     print(f"{kind:32} {packets:8.1f} {size:8.0f}", flush=True)
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hosts import require
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 PAIR = BENCH / "pair.py"
@@ -67,3 +68,39 @@ def test_digest_as_a_table() -> None:
     assert header.split() == ["items", "200", "2,000"]
     assert len(rows) == 4
     assert all(float(cell) > 0 for row in rows for cell in row.rsplit(maxsplit=2)[1:])
+
+
+def on_hosts(bench: str, *arguments: str) -> str:
+    require()
+    done = subprocess.run([sys.executable, BENCH / bench, *arguments], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_hosts_on_a_lan() -> None:
+    found = json.loads(on_hosts("lan.py", "--hosts", "2", "4", "--runs", "1", "--idle", "2", "--idle-hosts", "2", "--json"))
+    measured = [(row["hosts"], row["what"]) for row in found["rows"] if "p50" in row]
+    assert measured == [(2, "newcomer"), (2, "at once"), (4, "newcomer"), (4, "pairs"), (4, "at once")]
+    assert all(0 < row["p50"] <= row["max"] for row in found["rows"] if "p50" in row)
+    idle = [row for row in found["rows"] if "p50" not in row]
+    assert len(idle) == 2
+    assert sum(row["sent_packets"] + row["heard_packets"] for row in idle) > 0
+
+
+def test_ways_of_finding_peers() -> None:
+    pytest.importorskip("libtorrent")
+    table = on_hosts("paths.py", "--runs", "1", "--settle", "1", "--seconds", "5")
+    rows = {line[:32].strip(): line[32:].split() for line in table.splitlines() if line[:1].strip()}
+    for way in ("mDNS", "ticket", "peers' DHT", "mainline DHT", "address book"):
+        assert way in rows, table
+    assert int(rows["ticket"][0]) > 0
+    assert rows["ticket"][2] == "1"
+    assert float(rows["channels (TCP)"][0]) > 0
+
+
+def test_healing() -> None:
+    found = json.loads(on_hosts("healing.py", "router", "--runs", "1", "--apart", "4", "--members", "2", "--json"))
+    assert found["router"]["runs"] == 1
+    assert found["router"]["failed"] == []
+    assert 0 < found["router"]["first"]["p50"] <= found["router"]["everything"]["p50"]

@@ -144,18 +144,15 @@ class DhtServer(Server):  # type: ignore[misc]
 
     async def refresh(self) -> None:
         """Look for our own id, for random ones, and for one in each bucket not touched for an hour (section 2.3 of the paper)."""
-        await self._look_around()
+        await asyncio.wait([self._look_around()])
         for node_id in self.protocol.get_refresh_ids():
             await LookUp(self.protocol, node_id).run()
 
-    async def _look_around(self) -> None:
+    def _look_around(self) -> "asyncio.Task[None]":
         """Look for our own id and random ones; whoever asks meanwhile waits for the same."""
-        if self._survey is None:
+        if self._survey is None or self._survey.done():
             self._survey = asyncio.get_running_loop().create_task(self._measure(), name="dht survey")
-        survey = self._survey
-        await asyncio.wait([survey])
-        if self._survey is survey:
-            self._survey = None
+        return self._survey
 
     async def _measure(self) -> None:
         ids = [self.node.id, *[secrets.token_bytes(20) for _ in range(RANDOM_IDS)]]
@@ -172,12 +169,13 @@ class DhtServer(Server):  # type: ignore[misc]
         # Attack: nodes with ids chosen next to a key swallow what is stored there. It is stored around them, too. The median holds
         # while they are at fewer than half of the ids looked up, which are random and our own.
         crowded = median_low(self._radii) // CROWDED if self._radii and public is not None else 0
+        survey = self._look_around() if public is not None and not self._radii and self.nodes >= wire.REPLICAS else None
         first = LookUp(self.protocol, key, public, report, crowded=crowded)
         holders = await first.run()
         if public is None or first.asked() < wire.REPLICAS:
             return holders
         if not self._radii:
-            await self._look_around()
+            await asyncio.wait([survey or self._look_around()])
             if not self._radii:
                 return holders
         radius = median_low(self._radii)
