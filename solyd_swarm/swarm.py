@@ -14,8 +14,10 @@ from solyd_swarm.core.events import Deliver, Equivocated, Publish, Quit
 from solyd_swarm.core.keys import derive_topic_key, format_author, format_message_id
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.delivery import Delivery
+from solyd_swarm.departure import Departure
 from solyd_swarm.emitter import MAX_CALLS, SwarmEmitter
 from solyd_swarm.errors import ForkedError, PayloadError, SwarmLeft
+from solyd_swarm.lagging import Lagging
 from solyd_swarm.message import Batch, Message, Peer, Stats
 from solyd_swarm.net.driver import Driver
 from solyd_swarm.node import BaseNode
@@ -27,10 +29,6 @@ from solyd_swarm.store.memory import Unread
 log = logging.getLogger("solyd_swarm.swarm")
 
 ALONE_WARNING = 10.0
-ACK_WAIT = 0.25
-"""Seconds that leaving waits for what was just published to be acknowledged by somebody."""
-HANDLER_WAIT = 0.5
-"""Seconds that leaving waits for handlers to finish what is queued."""
 
 T = TypeVar("T")
 
@@ -61,24 +59,16 @@ class Swarm(SwarmEmitter):
         )
         self._peers: dict[bytes, Peer] = {}
         self._was_joined = False
-        # Reentrant: collecting garbage may close an iterator anywhere.
-        self._state = threading.RLock()
-        self._leaving = False
-        self._leave_bounds = (ACK_WAIT, HANDLER_WAIT)
-        self._callers: set[asyncio.Task[Any]] = set()  # tasks that asked us to leave, on the loop
-        self._left_for_handlers: Pending[None] = Pending(self._is_own_thread)
-        self._left: Pending[None] = Pending(self._is_own_thread)
         self._joins: list[Pending[None]] = []
         self._driver: Driver | None = None
         self._partly_read: dict[tuple[bytes, int], int] = {}  # in an earlier life, with the first number that was not
         self._remember: Callable[[], None] | None = None
-        self._leave_task: asyncio.Task[None] | None = None
         self._alone_timer: asyncio.TimerHandle | None = None
-        self._lagged_count = 0
-        self._lag_untold = 0  # of those, what the next lagged event tells
-        self._lag_told = True  # none is on its way
         self._undecodable_count = 0
+        self._counting = threading.RLock()  # collecting garbage may close an iterator anywhere
+        self._lagging = Lagging(topic, self._enqueue, lambda count: self.emit("lagged", count))
         self._executor = self._home.executor(self._handler_failed)
+        self._departure = Departure(self, self._home, self._executor, self._outbox, self._is_own_thread)
         self._delivery = Delivery(
             self._home,
             self._executor,
@@ -90,13 +80,13 @@ class Swarm(SwarmEmitter):
             is_own_thread=self._is_own_thread,
         )
         self._told_connected = False  # on the executor: which of the two events came last
-        node.on_loop_ending.append(self._end_with_loop)
+        node.on_loop_ending.append(self._departure.end_with_loop)
         self._home.call(self._join_topic)
         if self._home.keeps_alive:
             lifetime.register(self)
 
     def __repr__(self) -> str:
-        return f"<Swarm {self.topic!r} {self.id} {'left' if self._leaving else f'{len(self._peers)} neighbours'}>"
+        return f"<Swarm {self.topic!r} {self.id} {'left' if self._departure.begun else f'{len(self._peers)} neighbours'}>"
 
     # -- what it is -------------------------------------------------------------------------------------------
 
@@ -131,7 +121,7 @@ class Swarm(SwarmEmitter):
             bytes_out=bytes_out,
             delivered=self._delivery.delivered,
             late=self._delivery.late,
-            lagged=self._lagged_count,
+            lagged=self._lagging.count,
             undecodable=self._undecodable_count,
             discovery=self._node.describe_sources(),
         )
@@ -155,7 +145,7 @@ class Swarm(SwarmEmitter):
             SwarmBusy: no neighbour has accepted what was published so far, and the publish buffer is full.
             SwarmLeft: the swarm has left.
         """
-        if self._leaving or lifetime.forked(self._home.birth):
+        if self._departure.begun or lifetime.forked(self._home.birth):
             self._check_usable()
         return self._outbox.add(payload.encode(obj))
 
@@ -175,7 +165,7 @@ class Swarm(SwarmEmitter):
     def _await_join(self, pending: Pending[None]) -> None:
         if self._peers:
             pending.set_result(None)
-        elif self._leaving:
+        elif self._departure.begun:
             pending.set_exception(_left_error())
         else:
             self._joins = [each for each in self._joins if not each.done()]
@@ -189,7 +179,7 @@ class Swarm(SwarmEmitter):
         return pending
 
     def _await_flush(self, sequence: int, pending: Pending[None]) -> None:
-        if self._leave_task is not None:
+        if self._departure.under_way:
             pending.set_exception(_left_error())
         else:
             self._outbox.flush(sequence, pending)
@@ -197,7 +187,7 @@ class Swarm(SwarmEmitter):
     def wait(self, timeout: float | None = None) -> None:
         """Blocks until the swarm has left. Raises ``TimeoutError`` after ``timeout`` seconds."""
         self._check_forked()
-        self._left.result(timeout)
+        self._departure.done.result(timeout)
 
     # -- leaving ----------------------------------------------------------------------------------------------
 
@@ -210,46 +200,19 @@ class Swarm(SwarmEmitter):
             nothing: Pending[None] = Pending(lambda: False)
             nothing.set_result(None)
             return nothing
-        self._begin_leave()
-        if not self._is_own_thread():
-            return self._left
-        if self._home.is_current() and (task := asyncio.current_task()) is not None:
-            self._callers.add(task)
-        return self._left_for_handlers
+        self._departure.begin()
+        return self._departure.pending()
 
     def begin_leave(self, within: float) -> None:
         """As `leave`, when the process ends."""
-        self._leave_bounds = (min(ACK_WAIT, within / 6), min(HANDLER_WAIT, within / 6))
-        self._begin_leave()
+        self._departure.begin(within)
 
-    def _begin_leave(self) -> None:
-        with self._state:
-            if self._leaving:
-                return
-            self._leaving = True
-            self._outbox.close()
-        self._home.call(self._start_leaving)
-
-    def _start_leaving(self) -> None:
-        self._leave_task = self._home.loop.create_task(self._leave(), name="solyd_swarm leave")
-        self._leave_task.add_done_callback(self._after_leaving)
-
-    async def _end_with_loop(self) -> None:
-        """The user's loop ends and has cancelled all tasks: leave all the same. Handlers end with the loop, as any task."""
-        self.drop_waiting()
-        self._begin_leave()
-        await self._left
-        self.drop_waiting()
-        handlers = self.running_handlers()
-        for task in handlers:
-            task.cancel()
-        await asyncio.gather(*handlers, return_exceptions=True)
-
-    async def _leave(self) -> None:
-        """Every step may be taken twice: a loop that ends cancels this task too, and it begins again."""
-        self._outbox.drain()
-        await self._outbox.wait_for_acks(self._leave_bounds[0])
-        self._settle_all_waiting()
+    def say_goodbye(self) -> None:
+        """For `Departure`."""
+        joins, self._joins = self._joins, []
+        for pending in joins:
+            pending.set_exception(_left_error())
+        self._outbox.give_up(_left_error())
         if self._alone_timer is not None:
             self._alone_timer.cancel()
         if self._driver is not None:
@@ -262,22 +225,19 @@ class Swarm(SwarmEmitter):
             self._enqueue(self._disconnected)
         self._peers.clear()
         self._post("left")
-        closed = self._executor.close(self._leave_bounds[1])
-        await self._let_handlers_finish(closed)
-        self._remember()
+
+    async def close_node(self) -> None:
+        """For `Departure`."""
+        if self._remember is not None:
+            self._remember()
         if self._owns_node:
             await self._node.close()
-        self._left_for_handlers.set_result(None)
-        self.drop_waiting()
-        if self._home.keeps_alive and (callers := [task for task in self._callers if not task.done()]):
-            # Our own loop ends with us, and cancels what runs.
-            await asyncio.wait(callers, timeout=self._leave_bounds[1])
 
-    def _settle_all_waiting(self) -> None:
-        joins, self._joins = self._joins, []
-        for pending in joins:
-            pending.set_exception(_left_error())
-        self._outbox.give_up(_left_error())
+    def leave_loop(self) -> Pending[None] | None:
+        """For `Departure`."""
+        if self._departure.end_with_loop in self._node.on_loop_ending:
+            self._node.on_loop_ending.remove(self._departure.end_with_loop)
+        return self._home.exit(self._node) if self._owns_node else None
 
     def _warn_of_unreceived(self) -> None:
         missing = self._outbox.published - self._outbox.acknowledged
@@ -288,38 +248,6 @@ class Swarm(SwarmEmitter):
                 missing,
                 self._outbox.published,
             )
-
-    async def _let_handlers_finish(self, closed: Pending[int]) -> None:
-        """Waits, within bounds, for handlers at work; not for one that may itself be waiting for us."""
-        try:
-            async with asyncio.timeout(self._leave_bounds[1] + 0.1):
-                await closed
-                while handlers := [task for task in self.running_handlers() if task not in self._callers]:
-                    await asyncio.wait(handlers)
-        except TimeoutError:
-            log.debug("a handler is still at work; it is left to itself")
-
-    def _after_leaving(self, task: "asyncio.Task[None]") -> None:
-        """The last step: what is left of us ends with the task that is done now."""
-        if task.cancelled() and not self._left_for_handlers.done():
-            self._start_leaving()
-            return
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            log.error("leaving %r failed", self.topic, exc_info=error)
-        if self._end_with_loop in self._node.on_loop_ending:
-            self._node.on_loop_ending.remove(self._end_with_loop)
-        self._left_for_handlers.set_result(None)
-        gone = self._home.exit(self._node) if self._owns_node else None
-
-        def finish() -> None:
-            lifetime.unregister(self)
-            self._left.set_result(None)
-
-        if gone is None:
-            finish()
-        else:
-            gone.when_done(finish)
 
     # -- consuming --------------------------------------------------------------------------------------------
 
@@ -393,7 +321,7 @@ class Swarm(SwarmEmitter):
     # -- beginning --------------------------------------------------------------------------------------------
 
     def _join_topic(self) -> None:
-        if self._leaving:
+        if self._departure.begun:
             return
         config = OverlayConfig(window=self._options.retain, max_bytes=self._options.retain_bytes, replay=self._options.replay)
         self._driver, self._partly_read = self._node.open_topic(self._topic_key, self._epoch, config, self, self._unread)
@@ -449,24 +377,10 @@ class Swarm(SwarmEmitter):
         self._delivery.serve()
 
     def _lagged(self, count: int) -> None:
-        with self._state:
-            first = not self._lagged_count
-            self._lagged_count += count
-            self._lag_untold += count
-            told, self._lag_told = self._lag_told, False
-        if first:
-            log.warning("handlers of %r are too slow: messages are dropped, oldest first (the lagged event counts them)", self.topic)
-        if told and not self._enqueue(self._tell_lag):
-            self._lag_told = True
-
-    def _tell_lag(self) -> None:
-        """One event for all that was dropped since the last: a handler that hangs must not make a queue of them."""
-        with self._state:
-            count, self._lag_untold, self._lag_told = self._lag_untold, 0, True
-        self.emit("lagged", count)
+        self._lagging.dropped(count)
 
     def _undecodable(self, error: PayloadError) -> None:
-        with self._state:
+        with self._counting:
             self._undecodable_count += 1
         self._report_error(error)
 
@@ -495,7 +409,7 @@ class Swarm(SwarmEmitter):
 
     def _check_usable(self) -> None:
         self._check_forked()
-        if self._leaving:
+        if self._departure.begun:
             raise _left_error()
 
     # -- context managers ---------------------------------------------------------------------------------------

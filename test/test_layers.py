@@ -34,6 +34,8 @@ RANKS = {
     "outbox": 3,
     "home": 3,
     "delivery": 3,
+    "departure": 3,
+    "lagging": 3,
     "finding": 4,
     "node": 4,
     "swarm": 5,
