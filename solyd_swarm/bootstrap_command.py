@@ -21,18 +21,30 @@ LEAVE = 3.0
 """Seconds that closing may take at most; it takes less than one."""
 
 
-def run(waiting: Waiting, *, listen: tuple[str, int], identity: str | None, mdns: bool, interfaces: str | None) -> int:
+def run(
+    waiting: Waiting, *, listen: tuple[str, int], bootstrap: list[str], identity: str | None, mdns: bool, interfaces: str | None
+) -> int:
     """Listens, says where on standard output, and stays until a signal comes. Returns the exit status.
 
     Args:
         waiting: catches the signals.
         listen: (host, port) for TCP, and for the DHT's UDP; an empty host: all addresses.
+        bootstrap: other nodes of the same DHT.
         identity: a file that keeps who we are.
         mdns: whether to look on the local network, too.
         interfaces: addresses or names of the network interfaces that discovery may use.
     """
     try:
-        node = Node(listen=listen, identity=identity, mdns=mdns, dht=True, mainline=False, portmap=False, interfaces=interfaces)
+        node = Node(
+            listen=listen,
+            bootstrap=bootstrap,
+            identity=identity,
+            mdns=mdns,
+            dht=True,
+            mainline=False,
+            portmap=False,
+            interfaces=interfaces,
+        )
     except ListenError as error:
         if error.errno != errno.EADDRINUSE:
             raise

@@ -105,6 +105,9 @@ def _add_bootstrap(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="HOST:PORT",
         help="where to listen, by TCP and UDP; :PORT for all addresses, port 0 for any free one",
     )
+    bootstrap.add_argument(
+        "--bootstrap", action="append", default=[], metavar="HOST:PORT", help="another such node, to be in one DHT with; several times"
+    )
     bootstrap.add_argument("--identity", metavar="PATH", help="a file that keeps who we are, made if missing (default: somebody new)")
     bootstrap.add_argument("--mdns", action="store_true", help="look on the local network, too")
     bootstrap.add_argument("--interfaces", metavar="NAME,...", help="addresses or names of the network interfaces that discovery may use")
@@ -185,7 +188,12 @@ def _bootstrap(arguments: argparse.Namespace) -> int:
     waiting = Waiting()
     with waiting.catching(signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         status = bootstrap_command.run(
-            waiting, listen=arguments.listen, identity=arguments.identity, mdns=arguments.mdns, interfaces=arguments.interfaces
+            waiting,
+            listen=arguments.listen,
+            bootstrap=arguments.bootstrap,
+            identity=arguments.identity,
+            mdns=arguments.mdns,
+            interfaces=arguments.interfaces,
         )
     return _status(waiting, status)
 

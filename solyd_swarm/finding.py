@@ -15,6 +15,7 @@ from solyd_swarm.store.addresses import AddressBook
 from solyd_swarm.ticket import Contact
 
 if TYPE_CHECKING:
+    from solyd_swarm.discovery.dht_entry import DhtEntry
     from solyd_swarm.discovery.kademlia import KademliaSource
     from solyd_swarm.discovery.mainline import MainlineSource
     from solyd_swarm.discovery.portmap import PortMapper
@@ -73,6 +74,7 @@ class Finder:
         self.dht: KademliaSource | None = None
         self.mainline: MainlineSource | None = None
         self.bootstrap: BootstrapSource | None = None
+        self._entry: DhtEntry | None = None
         self._book = book
         self.addresses = AddressBookSource(book, is_reached, nodes=self._known_nodes, states=self._states)
         self._nodes, self._mainline_state = book.nodes(), book.state("mainline")
@@ -122,7 +124,15 @@ class Finder:
             self._dht_is_up(dht.port)
             for host, port in self._met_early:
                 dht.contact(host, port)
+            if self._contacts:
+                self._enter(dht)
         self._met_early.clear()
+
+    def _enter(self, dht: "KademliaSource") -> None:
+        from solyd_swarm.discovery.dht_entry import DhtEntry
+
+        places = [address for addresses, _ in self._contacts for address in addresses]
+        self._entry = DhtEntry(places, resolve_host, topics=self._topics, contact=dht.contact, nodes=lambda: dht.nodes)
 
     async def _start_source(self, source: Source, announced: Endpoint) -> None:
         try:
@@ -142,8 +152,8 @@ class Finder:
 
     def closing(self) -> list[Coroutine[None, None, None]]:
         """What ends each of them; to be awaited."""
-        ends = [source.close() for source in (*self.sources.values(), *self._failed)]
-        return ends if self.mapper is None else [*ends, self.mapper.close()]
+        others = [each for each in (self.mapper, self._entry) if each is not None]
+        return [each.close() for each in (*self.sources.values(), *self._failed, *others)]
 
     # -- what happens -----------------------------------------------------------------------------------------
 

@@ -73,6 +73,24 @@ def test_they_stay_together_without_it() -> None:
             one.expect('"still here"')
 
 
+def test_two_of_them_are_one_dht() -> None:
+    """Whoever begins at one meets whoever began at the other; also if that one was not there yet when the first was told of it."""
+    topic = f"test-{uuid.uuid4()}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        later = free.getsockname()[1]
+    with bootstrap("--bootstrap", f"127.0.0.1:{later}") as first:
+        place = first.expect(LISTENING)[1]
+        with Process([*COMMAND, "bootstrap", "--listen", f"127.0.0.1:{later}", "--bootstrap", f"localhost:{later}"]) as second:
+            second.expect(LISTENING)
+            with pipe(topic, place) as one, pipe(topic, f"127.0.0.1:{later}") as other:
+                one.say("hello")
+                other.expect('"hello"')
+            for node in (first, second):
+                node.interrupt()
+                assert node.end() == (130, "")
+
+
 def test_status_after_sigint_and_what_is_told() -> None:
     with bootstrap() as node:
         place, ticket = node.expect(LISTENING).groups()
@@ -121,6 +139,7 @@ def test_an_address_in_use(kind: int) -> None:
         (("--listen", "192.0.2.1:0"), "192.0.2.1"),
         (("--listen", "127.0.0.1:0", "--identity", "/nonsense/identity"), "/nonsense"),
         (("--listen", "127.0.0.1:0", "--interfaces", "nonsense0"), "nonsense0"),
+        (("--listen", "127.0.0.1:0", "--bootstrap", "no port"), "no port"),
     ],
 )
 def test_errors_are_one_sentence(options: tuple[str, ...], says: str) -> None:

@@ -158,6 +158,15 @@ async def test_no_five_seconds_wait_per_dead_peer(serve):
     assert found[0] < 5
 
 
+async def test_a_node_that_is_told_of_itself_is_none_of_its_contacts(start):
+    member, other = await start(), await start()
+    member.source.contact(*member.server.host)
+    await until(lambda: not member.source._greeted)
+    assert member.source.nodes == 0
+    member.source.contact(*other.server.host)
+    await until(lambda: member.source.nodes == 1)
+
+
 async def test_no_task_or_timer_is_left_by_stop(serve):
     """The package leaves its refresh and its waiting calls behind as tasks that nobody awaits, and timers that fire 5 s later."""
     loop = asyncio.get_running_loop()
