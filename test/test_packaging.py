@@ -79,7 +79,7 @@ def test_metadata(metadata: Message, wheel: zipfile.ZipFile) -> None:
     assert metadata["Description-Content-Type"] == "text/x-rst"
     assert metadata.get_payload().strip() == (ROOT / "README.rst").read_text("utf-8").strip()  # type: ignore[union-attr]
     assert metadata["Requires-Python"].replace(" ", "") in ("!=3.12.0,!=3.12.1,>=3.11", ">=3.11,!=3.12.0,!=3.12.1")
-    assert set(metadata.get_all("Provides-Extra", [])) == {"test", "fast", "plot", "mainline"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"test", "fast", "plot", "mainline", "portmap"}
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]
     parser = configparser.ConfigParser()
     parser.read_string(wheel.read(entry_points).decode())
