@@ -32,7 +32,7 @@ from solyd_swarm.discovery.source import Address, Candidate, Endpoint
 TOPIC = derive_topic_key("a topic")
 NOON = 20_000 * 86_400 + 43_200.0
 KEYS = DayKeys(TOPIC, 20_000)
-PATIENCE = 40.0
+PATIENCE = 120.0
 """Seconds that anything may take on a busy machine."""
 
 
