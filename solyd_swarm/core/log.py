@@ -56,7 +56,7 @@ class Record:
 
     `envelope` is None where the body is gone; `proof` is set for the item that stands for an equivocation. `stream` is
     (author, epoch); None where we know the id by hearsay only, as gone. `via`: the peer whose push brought it,
-    at `heard_at`.
+    at `heard_at`. `concealed`: our digest is to be without it, for a while.
     """
 
     id: bytes
@@ -68,6 +68,7 @@ class Record:
     proof: tuple[Envelope, Envelope] | None = None
     via: bytes = b""
     heard_at: float = 0.0
+    concealed: bool = False
 
     @property
     def bodies_size(self) -> int:
@@ -226,6 +227,20 @@ class Log:
         self._insert(Record(id, epoch, born, stream=stream, proof=proof))
         return not known
 
+    def conceal(self, id: bytes) -> None:
+        """Takes an id out of the digest."""
+        record = self._records.get(id)
+        if record is not None and not record.concealed:
+            record.concealed = True
+            self.items.remove(record.timestamp, id)
+
+    def reveal(self, id: bytes) -> None:
+        """Puts an id back into the digest."""
+        record = self._records.get(id)
+        if record is not None and record.concealed:
+            record.concealed = False
+            self.items.add(record.timestamp, id)
+
     def expire(self, now: float) -> None:
         """Drops the bodies older than the window and the ids older than two."""
         while self._bodies and self._bodies[0][0] + self.window <= now:
@@ -290,7 +305,8 @@ class Log:
     def _remove(self, record: Record) -> None:
         self._drop_body(record.id)
         del self._records[record.id]
-        self.items.remove(record.timestamp, record.id)
+        if not record.concealed:
+            self.items.remove(record.timestamp, record.id)
         self._hearsay.pop(record.id, None)
         if record.stream is not None:
             ids = self._ids[record.stream]

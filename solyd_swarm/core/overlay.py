@@ -104,7 +104,7 @@ class Overlay:
         self.sequencer = Sequencer(replay=config.replay, gap_wait=config.gap_wait, max_waiting=config.max_bytes)
         self.membership = Membership(me, self._links, self._out, rng, config.membership, self._neighbor_up, self._neighbor_down)
         active = self.membership.active
-        self.doubts = Doubts()
+        self.doubts = Doubts(self.log.conceal, self.log.reveal)
         self.broadcast = Broadcast(active, self.log, self._out, author, lambda: self.epoch, config.broadcast, self.doubts)
         self.antientropy = AntiEntropy(
             self._links,
