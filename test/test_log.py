@@ -46,6 +46,27 @@ def test_an_envelope_is_accepted_once() -> None:
     assert log.witnessed(make().id)
 
 
+def test_what_is_concealed_is_held_and_not_in_the_digest() -> None:
+    log = make_log()
+    empty = digest(log)
+    log.add(make(), 0.0, 0, 5.0)
+    listed = digest(log)
+    for _ in range(2):
+        log.conceal(make().id)
+        assert digest(log) == empty
+        assert log.holds(make().id)
+    for _ in range(2):
+        log.reveal(make().id)
+        assert digest(log) == listed
+    log.conceal(make().id)
+    log.expire(5.0 + 2 * WINDOW)
+    assert len(log) == 0
+    assert digest(log) == empty
+    log.reveal(make().id)
+    log.conceal(b"unknown")
+    assert digest(log) == empty
+
+
 def test_an_envelope_said_to_be_older_than_the_window_is_not_taken_in() -> None:
     log = make_log()
     assert log.add(make(), WINDOW, 0, 50.0) is Outcome.STALE

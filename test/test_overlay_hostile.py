@@ -118,7 +118,9 @@ def assert_bounded(peer: Peer) -> None:
     assert len(membership.active) <= 5
     assert len(membership.passive) <= 30
     assert len(membership._requests) <= 10
-    assert len(overlay.log) == len(overlay.log.items) <= 5000
+    concealed = sum(record.concealed for record in overlay.log.records())
+    assert len(overlay.log) == len(overlay.log.items) + concealed <= 5000
+    assert concealed <= len(overlay.doubts) <= MAX_DOUBTS
     assert overlay.log.bytes <= 3_000_000
     assert len(overlay.log._by_birth) <= 2 * len(overlay.log) + 1024
     assert overlay.sequencer._waiting_bytes == sum(
