@@ -8,6 +8,7 @@ import pytest
 from simulated import Puppet, digests, disordered, gossip, mesh, repeated
 
 from solyd_swarm.core import wire
+from solyd_swarm.core.doubts import MAX_DOUBTS
 from solyd_swarm.core.events import Close, Received
 from solyd_swarm.core.wire import ALL_FRAMES, Frame, PeerInfo, encode
 from solyd_swarm.simulation.network import Network, Peer
