@@ -158,6 +158,20 @@ async def test_no_five_seconds_wait_per_dead_peer(serve):
     assert found[0] < 5
 
 
+async def test_closing_may_be_cancelled_at_any_step(start):
+    """And is then asked for again, as a loop that ends does."""
+    members = await gather_members(start, 8, 0)
+    for step, member in enumerate(members, 1):
+        server = member.server
+        server._look_around()
+        closing = asyncio.create_task(server.close())
+        for _ in range(step):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+        assert server.transport.is_closing()
+
+
 async def test_a_node_that_is_told_of_itself_is_none_of_its_contacts(start):
     member, other = await start(), await start()
     member.source.contact(*member.server.host)

@@ -234,6 +234,11 @@ class Broadcast:
             link.pruned_at = now
             self._send(link.peer, Prune())
 
+    def is_announced(self, id: bytes) -> bool:
+        """Whether a neighbour has announced an envelope that has not come."""
+        missing = self._missing.get(id)
+        return missing is not None and any(peer in self._active for peer, _ in missing.announcers)
+
     def fetched(self, id: bytes) -> None:
         """An envelope came by anti-entropy."""
         missing = self._missing.pop(id, None)
@@ -257,9 +262,9 @@ class Broadcast:
             held = self._log.witnessed(id)
             link.note_received(id, held, matters=self._log.may_be_by(id, link.author))
             if held:
-                if self._doubts and link.up:
-                    self._doubts.told(id)
                 record = self._log.get(id)
+                if self._doubts and link.up and self._doubts.told(id) and record is not None and record.envelope is not None:
+                    self.push(record, now, without=link.peer, lazily=True)
                 if record is not None and record.via and link.up:
                     self._optimize(link, hops, record, now)
                 continue

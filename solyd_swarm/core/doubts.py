@@ -6,21 +6,11 @@ brings it or tells of it by then, its giver is of another half.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 DIVIDED_AGE = 5.0
 """Seconds after which members of one swarm have told one another what is new: who lacks something older is of another half."""
 MAX_DOUBTS = 256
 """Messages held at once; beyond them, messages are passed on as they come."""
-
-
-@dataclass(slots=True)
-class Doubt:
-    """A message held, who gave it, until when, and whether a neighbour has told of it since."""
-
-    giver: bytes
-    until: float
-    told: bool = False
 
 
 class Doubts:
@@ -33,46 +23,45 @@ class Doubts:
     def __init__(self, conceal: Callable[[bytes], None], reveal: Callable[[bytes], None]) -> None:
         self._conceal = conceal
         self._reveal = reveal
-        self._held: dict[bytes, Doubt] = {}
+        self._held: dict[bytes, tuple[bytes, float]] = {}  # with who gave it, and until when
 
     def __len__(self) -> int:
         return len(self._held)
 
     def concerns(self, peer: bytes) -> bool:
         """Whether the peer gave something that is held."""
-        return any(doubt.giver == peer for doubt in self._held.values())
+        return any(giver == peer for giver, _ in self._held.values())
 
     def hold(self, id: bytes, giver: bytes, until: float) -> bool:
         """Holds a message. False if there are too many."""
         if len(self._held) >= MAX_DOUBTS:
             return False
-        self._held[id] = Doubt(giver, until)
+        self._held[id] = giver, until
         self._conceal(id)
         return True
 
-    def told(self, id: bytes) -> None:
-        """A neighbour announces a message."""
-        doubt = self._held.get(id)
-        if doubt is not None:
-            doubt.told = True
-            self._reveal(id)
-
-    def brought(self, id: bytes) -> bool:
-        """A neighbour pushes a message. True if it was held: now it is not, and is to be passed on."""
+    def told(self, id: bytes) -> bool:
+        """A neighbour pushes or announces a message. True if it was held: now it is not, and is to be passed on."""
         if self._held.pop(id, None) is None:
             return False
         self._reveal(id)
         return True
 
-    def due(self, now: float) -> list[tuple[bytes, Doubt]]:
-        """The messages that have been held long enough, with what has become of the doubt."""
-        due = [(id, doubt) for id, doubt in self._held.items() if doubt.until <= now]
+    def release(self, giver: bytes | None = None) -> list[bytes]:
+        """What is held no longer: all that this peer gave, or all there is."""
+        released = [id for id, (peer, _) in self._held.items() if giver in (None, peer)]
+        for id in released:
+            self.told(id)
+        return released
+
+    def due(self, now: float) -> list[tuple[bytes, bytes]]:
+        """The messages that have been held long enough, with who gave them: no neighbour has told of them."""
+        due = [(id, giver) for id, (giver, until) in self._held.items() if until <= now]
         for id, _ in due:
-            del self._held[id]
-            self._reveal(id)
+            self.told(id)
         return due
 
     @property
     def next(self) -> float | None:
         """When the next one has been held long enough."""
-        return min((doubt.until for doubt in self._held.values()), default=None)
+        return min((until for _, until in self._held.values()), default=None)

@@ -55,6 +55,7 @@ class Healing:
         self._probes: dict[Key, float] = {}  # those of them that are for healing
         self._comparing: dict[bytes, float] = {}  # links dialled to compare digests only
         self._wanted: dict[bytes, float] = {}  # peers of another half, asked for a place until then
+        self._next_ask = 0.0
         self._next: float | None = None
 
     def uses(self, peer: bytes) -> bool:
@@ -154,6 +155,9 @@ class Healing:
         self._membership.request(link, now, high=True)
 
     def _ask_again(self, now: float) -> None:
+        if now < self._next_ask:
+            return  # a peer that refuses at once must not set the pace
+        self._next_ask = now + ASK_PAUSE
         self._wanted = {peer: until for peer, until in self._wanted.items() if until > now and peer in self._links}
         for peer in self._wanted:
             self._membership.request(self._links[peer], now, high=True)
@@ -169,7 +173,7 @@ class Healing:
             self._try_one(now)
         if self._wanted:
             self._ask_again(now)
-            return min(self._next, now + ASK_PAUSE)
+            return min(self._next, self._next_ask)
         return self._next
 
     def _try_one(self, now: float) -> None:

@@ -59,7 +59,7 @@ class Intake:
         id = envelope_id(frame.body)
         if self._log.witnessed(id):
             link.note_received(id, True, matters=self._log.may_be_by(id, link.author))
-            if self._doubts and link.up and self._doubts.brought(id):
+            if self._doubts and link.up and self._doubts.told(id):
                 self._pass_on(id, now, without=link.peer)
             else:
                 self._broadcast.duplicate(link, now)
@@ -79,11 +79,12 @@ class Intake:
         taken = None if self._log.witnessed(id) else self._take(link, id, frame, now, pulled=True)
         link.note_received(id, True, matters=self._log.may_be_by(id, link.author))
         link.divided |= taken is not None and frame.age > 1000 * DIVIDED_AGE
+        announced = self._broadcast.is_announced(id)
         self._broadcast.fetched(id)
         review = False
         if taken is not None:
             record, envelope = taken
-            if self._is_doubtful(link, id, frame.age / 1000, now):
+            if not announced and self._is_doubtful(link, id, frame.age / 1000, now):
                 review = True
             elif self._sequencer.settled:
                 # Others may lack it too, and learn of it now rather than a digest period later; not so what a joiner catches up on.
@@ -108,7 +109,17 @@ class Intake:
         due = self._doubts.due(now)
         for id, _ in due:
             self._pass_on(id, now, lazily=True)
-        return list(dict.fromkeys(doubt.giver for _, doubt in due if not doubt.told))
+        return list(dict.fromkeys(giver for _, giver in due))
+
+    def trust(self, giver: bytes, now: float) -> None:
+        """Passes on what is held of a peer, which is a neighbour now."""
+        for id in self._doubts.release(giver):
+            self._pass_on(id, now, without=giver, lazily=True)
+
+    def let_go(self, now: float) -> None:
+        """We leave: what is held goes to the neighbours, who could not ask us for it any more."""
+        for id in self._doubts.release():
+            self._pass_on(id, now)
 
     def _take(self, link: Link, id: bytes, frame: Gossip | Transfer, now: float, *, pulled: bool) -> tuple[Record, Envelope] | None:
         """Verifies an envelope and offers it to the log; its record and itself where it is new, to be relayed and delivered."""

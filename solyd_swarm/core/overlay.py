@@ -205,6 +205,7 @@ class Overlay:
             case Drained():
                 self._congested(event.peer, False)
             case Quit():
+                self.intake.let_go(now)
                 self.broadcast.flush_own(now)
                 for peer in self._links:
                     self._out.append(Send(peer, wire.encode(wire.Leave())))
@@ -236,6 +237,7 @@ class Overlay:
 
     def _neighbor_up(self, link: Link) -> None:
         self.healing.neighbor_up(link.peer)
+        self.intake.trust(link.peer, self._now)
         self.broadcast.neighbor_up(link)
         link.covers_from(self.published)
         self.antientropy.pulls.ask_again(link, self._now)
@@ -341,11 +343,11 @@ class Overlay:
     def _flush(self, event: Event, now: float) -> None:
         """What is due, what is owed, and when to be called next."""
         self._acknowledge()
-        due = self.broadcast.tick(now)
         # Looking at every deadline for every envelope, or for every announcement, would cost more than the envelope.
         if self._review or self._next_review <= now or not isinstance(event, Received | Publish | Tick):
             self._review = False
             self._next_review = self._tick(now)
+        due = self.broadcast.tick(now)  # last, since the others have it announce
         if self.published:
             self._report_progress()
         at = self._next_review if due is None else min(due, self._next_review)

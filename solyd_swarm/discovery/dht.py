@@ -32,6 +32,8 @@ log = logging.getLogger("solyd_swarm.discovery.dht")
 
 MEASURES = 9
 """Measures of the DHT's density that are kept: the median tells, whatever a few of them saw."""
+SURVEY_LASTS = 20.0
+"""Seconds for which a measure is good enough to call a key crowded."""
 RANDOM_IDS = 2
 """Random ids looked up beside our own when the table is refreshed: they fill it (section 2.3 of the paper) and tell the DHT's density."""
 
@@ -59,6 +61,7 @@ class DhtServer(Server):  # type: ignore[misc]
         self._stored, self._met, self._monotonic = stored, met, monotonic
         self._radii: deque[int] = deque(maxlen=MEASURES)
         self._survey: asyncio.Task[None] | None = None
+        self._surveyed = float("-inf")
 
     def _create_protocol(self) -> DhtProtocol:
         return DhtProtocol(self.node, self.storage, stored=self._stored, met=self._met, monotonic=self._monotonic)
@@ -152,13 +155,16 @@ class DhtServer(Server):  # type: ignore[misc]
         """Look for our own id and random ones; whoever asks meanwhile waits for the same."""
         if self._survey is None or self._survey.done():
             self._survey = asyncio.get_running_loop().create_task(self._measure(), name="dht survey")
+            self._survey.add_done_callback(_report)
         return self._survey
 
     async def _measure(self) -> None:
         ids = [self.node.id, *[secrets.token_bytes(20) for _ in range(RANDOM_IDS)]]
-        found = await asyncio.gather(*[LookUp(self.protocol, node_id, seconds=SURVEY_SECONDS).run() for node_id in ids])
-        for node_id, holders in zip(ids, found, strict=True):
-            if len(holders) == wire.REPLICAS:
+        look_ups = [LookUp(self.protocol, node_id, seconds=SURVEY_SECONDS) for node_id in ids]
+        found = await asyncio.gather(*[look_up.run() for look_up in look_ups])
+        self._surveyed = self._monotonic()
+        for node_id, look_up, holders in zip(ids, look_ups, found, strict=True):
+            if len(holders) == wire.REPLICAS and not look_up.cut_short:
                 self._radii.append(_distance(holders[-1], node_id))
 
     async def get(self, key: bytes, public: bytes | None = None, report: Report | None = None) -> list[Holder]:
@@ -181,6 +187,11 @@ class DhtServer(Server):  # type: ignore[misc]
         radius = median_low(self._radii)
         if first.asked(within=radius // CROWDED) < wire.REPLICAS and not first.cut_short:
             return holders
+        if self._monotonic() - self._surveyed > SURVEY_LASTS:
+            await asyncio.wait([self._look_around()])  # a DHT that grows crowds every key, measured by what it was
+            radius = median_low(self._radii)
+            if first.asked(within=radius // CROWDED) < wire.REPLICAS and not first.cut_short:
+                return await LookUp(self.protocol, key, public, report, earlier=first).run()
         return holders + await wide_look_up(self.protocol, first, key, public, report, radius)
 
     async def set(self, key: bytes, value: SignedRecord) -> bool:
@@ -210,13 +221,19 @@ class DhtServer(Server):  # type: ignore[misc]
         """Close the socket and wait until it is closed; requests that wait end without a reply."""
         if self._survey is not None:
             self._survey.cancel()
-            await asyncio.wait([self._survey])
         if self.protocol is not None and not self.protocol.lost.done():
             self.protocol.stop()
             self.transport.abort()
             await self.protocol.lost
             await asyncio.sleep(0)  # the callbacks of the ended requests cancel their timers
         self.stop()
+        if self._survey is not None:
+            await asyncio.wait([self._survey])
+
+
+def _report(survey: "asyncio.Task[None]") -> None:
+    if not survey.cancelled() and (error := survey.exception()) is not None:
+        log.error("a survey of the DHT failed", exc_info=error)
 
 
 def _distance(holder: Holder, key: bytes) -> int:

@@ -41,6 +41,7 @@ class DhtEntry:
     ) -> None:
         self._places: Sequence[tuple[str, int]] = tuple(dict.fromkeys(places))
         self._resolve, self._topics, self._contact, self._nodes = resolve, topics, contact, nodes
+        self._unknown: set[str] = set()  # hosts that could not be looked up, which has been told
         self._task = asyncio.get_running_loop().create_task(self._run(), name="solyd_swarm dht entry")
 
     async def close(self) -> None:
@@ -63,7 +64,10 @@ class DhtEntry:
             async with asyncio.timeout(RESOLVE_TIMEOUT):
                 addresses = await self._resolve(host, port)
         except OSError as error:
-            log.warning("bootstrap host %r cannot be looked up (%s); it is tried again", host, error or type(error).__name__)
+            if host not in self._unknown:
+                log.warning("bootstrap host %r cannot be looked up (%s); it is tried again", host, error or type(error).__name__)
+            self._unknown.add(host)
             return
+        self._unknown.discard(host)
         for ip, number in addresses:
             self._contact(ip, number)

@@ -103,7 +103,7 @@ class Dialler:
                     pending.add(asyncio.get_running_loop().create_task(self._attempt(goals, *waiting.pop(0)), name="solyd_swarm attempt"))
                 delay = ATTEMPT_DELAY if waiting else None
                 done, pending = await asyncio.wait(pending, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
-                if any(attempt.result() for attempt in done):
+                if sum(attempt.result() for attempt in done):  # looks at all, so that no error is lost
                     return True
         finally:
             for task in pending:
