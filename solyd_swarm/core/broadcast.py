@@ -206,7 +206,7 @@ class Broadcast:
         is_slower = now - record.heard_at > self.config.lazy_interval
         gain = 0 if is_slower else record.hops - (hops + 1)
         other.gain += (gain - other.gain) / GAINS
-        if min(gain, other.gain) < self.config.optimization_threshold or now < self._next_swap or self._is_failing:
+        if min(gain, other.gain) < self.config.optimization_threshold or now < self._next_swap or self.is_failing:
             return False
         other.gain = link.gain = 0.0
         self.swaps += 1
@@ -218,7 +218,8 @@ class Broadcast:
         return True
 
     @property
-    def _is_failing(self) -> bool:
+    def is_failing(self) -> bool:
+        """Whether the tree often fails to bring envelopes in time: frames get lost."""
         return self._grafted_share > self.config.redundancy_threshold
 
     def _note_failure(self, failed: bool) -> None:
@@ -227,7 +228,7 @@ class Broadcast:
 
     def duplicate(self, link: Link, now: float) -> None:
         """An envelope came by Gossip that was here already: the link is none of the tree's."""
-        if self._is_failing:
+        if self.is_failing:
             return
         if link.up and (link.eager or now - link.pruned_at >= PRUNE_PAUSE):
             link.eager = False
@@ -329,7 +330,7 @@ class Broadcast:
 
     def _graft_timeout(self, link: Link) -> float:
         config = self.config
-        if self._is_failing:  # nothing is pruned then, so there is no harm in a second copy
+        if self.is_failing:  # nothing is pruned then, so there is no harm in a second copy
             return self._lag.timeout(config.graft_timeout, config.graft_timeout_min, config.graft_timeout_max)
         round_trip = link.round_trip.smoothed
         first = config.graft_timeout if round_trip is None else max(config.graft_timeout, GRAFT_HOPS / 2 * round_trip)

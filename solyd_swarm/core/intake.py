@@ -97,6 +97,8 @@ class Intake:
         """Whether neighbours may yet bring what someone else gave us; then it is held until that is clear."""
         if link.up or age > DIVIDED_AGE or not self._active or not self._sequencer.settled:
             return False
+        if self._broadcast.is_failing:
+            return False  # where much is lost, neighbours tell late, or never
         return self._doubts.hold(id, link.peer, now + DIVIDED_AGE - age)
 
     def _pass_on(self, id: bytes, now: float, without: bytes = b"", *, lazily: bool = False) -> None:
