@@ -211,7 +211,8 @@ def test_optimisation_does_not_oscillate(seed: int) -> None:
     meter = Meter(net)
     for n in range(10):
         spread(net, peers[0], b"steady %d" % n)
-    assert meter.counts["empty Graft"] <= 5  # the frame of a swap
+    # An empty Graft is the frame of a swap. 60 seeds had 0 to 6; by a threshold of nought, 8 seeds had 20 to 50.
+    assert meter.counts["empty Graft"] <= 12
     assert meter.counts["Gossip"] <= 10 * 39 * 1.2
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from processes import Process
 from routers import OUTSIDE, Home, home
 
-from solyd_swarm.discovery import gateway as gateway_module
 from solyd_swarm.discovery import portmap, portmap_http, portmap_natpmp, portmap_pcp, portmap_upnp
+from solyd_swarm.discovery.command import output_of
 from solyd_swarm.discovery.gateway import Gateway, find_gateway, gateway_at, parse_linux_routes, parse_route_command
 from solyd_swarm.discovery.portmap import PortMapper
 from solyd_swarm.discovery.portmap_client import Refusals, RouterClock, RouterError
@@ -939,15 +939,26 @@ def test_routes_of_macos() -> None:
     assert parse_route_command("route: writing to routing socket: not in table\n") == []
 
 
-async def test_a_route_command_that_is_missing_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway_module, "ROUTE_COMMAND", str(tmp_path / "route"))
-    assert await gateway_module._run_route_command() == ""
-    (tmp_path / "route").write_text('#!/bin/sh\n[ "$*" = "-n get default" ] && echo gateway: 192.0.2.1\n')
-    (tmp_path / "route").chmod(0o755)
-    assert await gateway_module._run_route_command() == "gateway: 192.0.2.1\n"
-    (tmp_path / "route").write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(gateway_module, "ROUTE_TIMEOUT", 0.1)
-    assert await gateway_module._run_route_command() == ""
+def running(program: str) -> list[str]:
+    """The command lines of all processes that name it."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(path.read_bytes().decode(errors="replace"))
+    return [line for line in lines if program in line]
+
+
+async def test_what_a_program_says_and_what_it_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "route"
+    assert await output_of(str(path), seconds=10) == ""
+    path.write_text('#!/bin/sh\n[ "$*" = "-n get default" ] && echo gateway: 192.0.2.1\n')
+    assert await output_of(str(path), seconds=10) == ""  # it may not be run
+    path.chmod(0o755)
+    assert await output_of(str(path), "-n", "get", "default", seconds=10) == "gateway: 192.0.2.1\n"
+    assert await output_of(str(path), "-n", seconds=10) == ""  # it failed
+    path.write_text("#!/bin/sh\nwhile :; do :; done\n")
+    assert await output_of(str(path), seconds=0.1) == ""
+    assert not running(str(path))
 
 
 async def test_loopback_alone_has_no_gateway() -> None:

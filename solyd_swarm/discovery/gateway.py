@@ -4,7 +4,6 @@ IPv4 only, for that is what home routers translate. Linux tells its routes in ``
 ``route -n get default``. Nothing is cached, since networks come and go.
 """
 
-import asyncio
 import contextlib
 import logging
 import socket
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address
 from pathlib import Path
 
+from solyd_swarm.discovery.command import output_of
 from solyd_swarm.discovery.interfaces import LocalAddress, usable_interfaces
 from solyd_swarm.discovery.reach import source_address
 from solyd_swarm.errors import InterfaceError
@@ -29,7 +29,7 @@ LINUX_ROUTES = Path("/proc/net/route")
 ROUTE_COMMAND = "/sbin/route"
 ROUTE_TIMEOUT = 2.0
 MAX_ROUTES_TEXT = 1024 * 1024
-"""Bytes read of a routing table; a machine with more routes is no host of a home network."""
+"""Bytes read of Linux's routing table; a machine with more routes is no host of a home network."""
 
 _RTF_UP, _RTF_GATEWAY = 0x1, 0x2
 
@@ -79,7 +79,10 @@ async def find_gateway(interfaces: Sequence[str] = (), *, platform: str = sys.pl
         return None
     if not local:
         return None
-    routes = _linux_routes() if platform == "linux" else parse_route_command(await _run_route_command())
+    if platform == "linux":
+        routes = _linux_routes()
+    else:
+        routes = parse_route_command(await output_of(ROUTE_COMMAND, "-n", "get", "default", seconds=ROUTE_TIMEOUT))
     for interface, host in routes:
         if source := _source_for(host, [address for address in local if address.interface == interface]):
             return Gateway(host, source)
@@ -126,29 +129,3 @@ def parse_route_command(text: str) -> list[tuple[str, str]]:
         if interface:
             return [(interface, str(IPv4Address(host)))]
     return []
-
-
-async def _run_route_command() -> str:
-    """What it says; empty where it cannot be run, or finds nothing."""
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *(ROUTE_COMMAND, "-n", "get", "default"),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-    except (OSError, RuntimeError, NotImplementedError) as error:  # no such program; no thread can be started to wait for it
-        log.debug("%s cannot be run: %s", ROUTE_COMMAND, error)
-        return ""
-    try:
-        async with asyncio.timeout(ROUTE_TIMEOUT):
-            output, _ = await process.communicate()
-        return output[:MAX_ROUTES_TEXT].decode(errors="replace")
-    except TimeoutError:
-        log.debug("%s did not end in time", ROUTE_COMMAND)
-        return ""
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()

@@ -222,3 +222,20 @@ class RouterClock:
             return True
         theirs, ours = epoch - last[0], now - last[1]
         return ours + 2 < theirs - theirs / 16 or theirs + 2 < ours - ours / 16
+
+
+class DatagramClient(PortMapClient, Generic[Answer]):
+    """What PCP and NAT-PMP share: questions over UDP, answers that tell the router's epoch."""
+
+    def __init__(self, gateway: Gateway, refusals: Refusals) -> None:
+        super().__init__(gateway, refusals)
+        self._asker: Asker[Answer] = Asker(self.name, gateway, refusals)
+        self._clock = RouterClock()
+        self._lost = False  # since the last mapping was made
+
+    def note(self, epoch: int) -> None:
+        """The router told its epoch."""
+        self._lost |= self._clock.lost(epoch, asyncio.get_running_loop().time())
+
+    async def close(self) -> None:
+        await self._asker.close()

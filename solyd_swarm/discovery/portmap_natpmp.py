@@ -1,6 +1,5 @@
 """NAT-PMP (RFC 6886): a few bytes over UDP, as Apple's and many other home routers take them."""
 
-import asyncio
 import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -8,11 +7,9 @@ from ipaddress import IPv4Address
 from solyd_swarm.discovery.gateway import Gateway
 from solyd_swarm.discovery.portmap_client import (
     GOODBYE_WAITS,
-    Asker,
+    DatagramClient,
     Mapping,
-    PortMapClient,
     Refusals,
-    RouterClock,
     RouterError,
     Transport,
 )
@@ -70,23 +67,20 @@ def read_reply(data: bytes, opcode: int, payload_size: int) -> Reply:
     return Reply(epoch, data[_HEAD.size :])
 
 
-class NatPmp(PortMapClient):
+class NatPmp(DatagramClient[Reply]):
     """NAT-PMP with one router."""
 
     name = "NAT-PMP"
 
     def __init__(self, gateway: Gateway, refusals: Refusals) -> None:
         super().__init__(gateway, refusals)
-        self._asker: Asker[Reply] = Asker(self.name, gateway, refusals)
-        self._clock = RouterClock()
-        self._lost = False
         self._external = ""
 
     async def probe(self) -> None:
         request = struct.pack(">BB", VERSION, EXTERNAL_ADDRESS)
         reply = await self._asker.ask(request, lambda data: read_reply(data, EXTERNAL_ADDRESS, 4), WAITS)
         self._external = str(IPv4Address(reply.payload))
-        self._note(reply.epoch)
+        self.note(reply.epoch)
 
     async def map(self, transport: Transport, port: int, external_port: int, lifetime: int) -> Mapping:
         reply = await self._ask_to_map(transport, port, external_port, lifetime, WAITS)
@@ -100,17 +94,10 @@ class NatPmp(PortMapClient):
 
     async def check(self, mapping: Mapping) -> bool:
         await self.probe()
-        lost, self._lost = self._lost, False
-        return not lost and self._external == mapping.external.host
+        return not self._lost and self._external == mapping.external.host
 
     async def unmap(self, transport: Transport, port: int, external_port: int) -> None:
         await self._ask_to_map(transport, port, 0, 0, GOODBYE_WAITS)
-
-    async def close(self) -> None:
-        await self._asker.close()
-
-    def _note(self, epoch: int) -> None:
-        self._lost |= self._clock.lost(epoch, asyncio.get_running_loop().time())
 
     async def _ask_to_map(self, transport: Transport, port: int, external_port: int, lifetime: int, waits: tuple[float, ...]) -> Reply:
         opcode = OPCODES[transport]
@@ -123,5 +110,5 @@ class NatPmp(PortMapClient):
 
         request = struct.pack(">BBHHHI", VERSION, opcode, 0, port, external_port, lifetime)
         reply = await self._asker.ask(request, read, waits)
-        self._note(reply.epoch)
+        self.note(reply.epoch)
         return reply

@@ -1,6 +1,5 @@
 """PCP, the Port Control Protocol (RFC 6887): NAT-PMP's successor, also spoken by providers' own translators."""
 
-import asyncio
 import random
 import secrets
 import struct
@@ -11,11 +10,9 @@ from solyd_swarm.discovery.gateway import Gateway
 from solyd_swarm.discovery.portmap_client import (
     GOODBYE_WAITS,
     MAX_DATAGRAM,
-    Asker,
+    DatagramClient,
     Mapping,
-    PortMapClient,
     Refusals,
-    RouterClock,
     RouterError,
     Transport,
 )
@@ -97,23 +94,20 @@ def read_reply(data: bytes, opcode: int, echoed: bytes = b"") -> Reply:
     return Reply(lifetime, epoch, payload)
 
 
-class Pcp(PortMapClient):
+class Pcp(DatagramClient[Reply]):
     """PCP with one router."""
 
     name = "PCP"
 
     def __init__(self, gateway: Gateway, refusals: Refusals) -> None:
         super().__init__(gateway, refusals)
-        self._asker: Asker[Reply] = Asker(self.name, gateway, refusals)
-        self._clock = RouterClock()
-        self._lost = False
         # Renewals and withdrawals must show the nonce of the mapping (RFC 6887, section 11.1): nobody else can forge them.
         self._nonces: dict[Transport, bytes] = {transport: secrets.token_bytes(NONCE_SIZE) for transport in PROTOCOL_NUMBERS}
 
     async def probe(self) -> None:
         request = build_request(ANNOUNCE, 0, self.gateway.source)
         reply = await self._asker.ask(request, lambda data: read_reply(data, ANNOUNCE), _waits())
-        self._note(reply.epoch)
+        self.note(reply.epoch)
 
     async def map(self, transport: Transport, port: int, external_port: int, lifetime: int) -> Mapping:
         reply = await self._ask_to_map(transport, port, external_port, lifetime, _waits())
@@ -129,24 +123,17 @@ class Pcp(PortMapClient):
     async def check(self, mapping: Mapping) -> bool:
         # A server that gets another outer address starts its epoch anew (RFC 6887, section 8.5), so the epoch says it all.
         await self.probe()
-        lost, self._lost = self._lost, False
-        return not lost
+        return not self._lost
 
     async def unmap(self, transport: Transport, port: int, external_port: int) -> None:
         await self._ask_to_map(transport, port, 0, 0, GOODBYE_WAITS)
-
-    async def close(self) -> None:
-        await self._asker.close()
-
-    def _note(self, epoch: int) -> None:
-        self._lost |= self._clock.lost(epoch, asyncio.get_running_loop().time())
 
     async def _ask_to_map(self, transport: Transport, port: int, external_port: int, lifetime: int, waits: tuple[float, ...]) -> Reply:
         payload = _MAP.pack(self._nonces[transport], PROTOCOL_NUMBERS[transport], port, external_port, mapped("0.0.0.0"))
         request = build_request(MAP, lifetime, self.gateway.source, payload)
         echoed = payload[: NONCE_SIZE + 6]  # nonce, protocol, our port
         reply = await self._asker.ask(request, lambda data: read_reply(data, MAP, echoed), waits)
-        self._note(reply.epoch)
+        self.note(reply.epoch)
         return reply
 
 

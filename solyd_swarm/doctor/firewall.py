@@ -1,16 +1,15 @@
 """Firewalls of this machine, as far as they can be noticed by reading alone."""
 
-import asyncio
 import contextlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from solyd_swarm.discovery.command import output_of
 from solyd_swarm.doctor.findings import Finding, listed
 
 COMMAND_TIMEOUT = 2.0
@@ -42,12 +41,12 @@ async def _check_linux(port: int, root: Path) -> Sequence[Finding]:
         found.append("firewalld")
         allow.append(f"firewall-cmd --add-service=mdns --add-port={port}/tcp --add-port={port}/udp")
     can_list = os.geteuid() == 0
-    chains = dropping_chains(await _run("nft", "-j", "list", "ruleset")) if can_list else []
+    chains = dropping_chains(await _output("nft", "-j", "list", "ruleset")) if can_list else []
     if chains:
         found.append(f"nftables ({', '.join(chains)})")
         rule = f"nft insert rule {chains[0]}"
         allow.append(f"{rule} udp dport '{{ 5353, {port} }}' accept; {rule} tcp dport {port} accept")
-    if can_list and _has_legacy_tables(root) and re.search(r"DROP|REJECT", await _run("iptables-legacy", "-S", "INPUT")):
+    if can_list and _has_legacy_tables(root) and re.search(r"DROP|REJECT", await _output("iptables-legacy", "-S", "INPUT")):
         found.append("iptables")
         allow.append(f"iptables -I INPUT -p udp --dport 5353 -j ACCEPT; iptables -I INPUT -p tcp --dport {port} -j ACCEPT")
     figures = {"found": found, "complete": can_list}
@@ -114,7 +113,7 @@ def _targets(statements: Iterable[dict[str, Any]]) -> Iterable[str]:
 
 
 async def _check_macos() -> Sequence[Finding]:
-    state = await _run(MACOS_FIREWALL, "--getglobalstate")
+    state = await _output(MACOS_FIREWALL, "--getglobalstate")
     blocks_all = "State = 2" in state
     figures = {"found": ["application firewall"] if re.search(r"State = [12]", state) else [], "complete": bool(state)}
     if not figures["found"]:
@@ -127,25 +126,5 @@ async def _check_macos() -> Sequence[Finding]:
     return [Finding("firewall", False if blocks_all else None, says, advice, figures)]
 
 
-async def _run(program: str, *arguments: str) -> str:
-    """What a program prints; empty if it is not there, fails, or takes too long."""
-    path = shutil.which(program)
-    if path is None:
-        return ""
-    try:
-        process = await asyncio.create_subprocess_exec(
-            path, *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-        )
-    except OSError:
-        return ""
-    try:
-        async with asyncio.timeout(COMMAND_TIMEOUT):
-            output, _ = await process.communicate()
-        return output.decode(errors="replace") if process.returncode == 0 else ""
-    except TimeoutError:
-        return ""
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+async def _output(program: str, *arguments: str) -> str:
+    return await output_of(program, *arguments, seconds=COMMAND_TIMEOUT)
