@@ -89,6 +89,16 @@ def start(host: Any, topic: str, options: dict[str, Any]) -> Any:
     return host.script(MEMBER, TOPIC=topic, OPTIONS=json.dumps(options))
 
 
+def connect(host: Any, topic: str, options: dict[str, Any]) -> float:
+    """Seconds until a fresh process is connected."""
+    with start(host, topic, options) as fresh:
+        fresh.expect("ready .*")
+        seconds = float(fresh.expect("connected (.*)")[1])
+        fresh.say("")
+        fresh.end()
+    return seconds
+
+
 def measure(host: Any, member: Any, runs: int, ways: dict[str, Any], newcomers: dict[str, Any]) -> list[float]:
     """Seconds to connect, of a fresh process each time."""
     found = []
@@ -99,11 +109,7 @@ def measure(host: Any, member: Any, runs: int, ways: dict[str, Any], newcomers: 
             newcomers = {**newcomers, "bootstrap": ticket}
         time.sleep(SETTLE)
         for _ in range(runs):
-            with start(host, topic, newcomers) as fresh:
-                fresh.expect("ready .*")
-                found.append(float(fresh.expect("connected (.*)")[1]))
-                fresh.say("")
-                fresh.end()
+            found.append(connect(host, topic, newcomers))
         other.say("")
         other.end()
     return found
@@ -131,11 +137,7 @@ def book(world: World, runs: int, directory: str) -> list[float]:
         ticket = other.expect("ready (.*) .*")[1]
         for number in range(runs + 1):
             options = {**alone, "identity": os.path.join(directory, "identity")} | ({} if number else {"bootstrap": ticket})
-            with start(world.far, topic, options) as fresh:
-                fresh.expect("ready .*")
-                found.append(float(fresh.expect("connected (.*)")[1]))
-                fresh.say("")
-                fresh.end()
+            found.append(connect(world.far, topic, options))
         other.say("")
         other.end()
     return found[1:]

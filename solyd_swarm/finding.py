@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from solyd_swarm.discovery.addressbook import AddressBookSource
 from solyd_swarm.discovery.bootstrap import BootstrapSource
+from solyd_swarm.discovery.given_hosts import GivenHosts
 from solyd_swarm.discovery.interfaces import usable_interfaces
 from solyd_swarm.discovery.source import Address, Endpoint, Found, Source
 from solyd_swarm.errors import DiscoveryError, InterfaceError
@@ -73,7 +74,7 @@ class Finder:
         self.mapper: PortMapper | None = None
         self.dht: KademliaSource | None = None
         self.mainline: MainlineSource | None = None
-        self.bootstrap: BootstrapSource | None = None
+        self._hosts = GivenHosts(resolve_host)
         self._entry: DhtEntry | None = None
         self._book = book
         self.addresses = AddressBookSource(book, is_reached, nodes=self._known_nodes, states=self._states)
@@ -87,8 +88,7 @@ class Finder:
         """All at once, but for what takes the processor a while and helps with peers further away: that comes last."""
         starts = [self._start_source(self.addresses, announced)]
         if self._contacts:
-            self.bootstrap = BootstrapSource(self._contacts, resolve_host)
-            starts.append(self._start_source(self.bootstrap, announced))
+            starts.append(self._start_source(BootstrapSource(self._contacts, self._hosts), announced))
         if self._wants["dht"]:
             from solyd_swarm.discovery.kademlia import KademliaSource
 
@@ -132,7 +132,7 @@ class Finder:
         from solyd_swarm.discovery.dht_entry import DhtEntry
 
         places = [address for addresses, _ in self._contacts for address in addresses]
-        self._entry = DhtEntry(places, resolve_host, topics=self._topics, contact=dht.contact, nodes=lambda: dht.nodes)
+        self._entry = DhtEntry(places, self._hosts, topics=self._topics, contact=dht.contact, nodes=lambda: dht.nodes)
 
     async def _start_source(self, source: Source, announced: Endpoint) -> None:
         try:
@@ -207,8 +207,8 @@ class Finder:
             states["mdns"] = local.describe()
         if self.mapper is not None:
             states["portmap"] = self.mapper.state
-        if self.bootstrap is not None and self.bootstrap.problems:
-            unknown = "; ".join(f"{host!r} cannot be looked up: {reason}" for host, reason in self.bootstrap.problems.items())
+        if self._hosts.problems:
+            unknown = "; ".join(f"{host!r} cannot be looked up: {reason}" for host, reason in self._hosts.problems.items())
             states["bootstrap"] = f"on, but {unknown}"
         return states | {name: f"failed: {reason}" for name, reason in self.problems.items()}
 

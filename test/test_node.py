@@ -17,6 +17,7 @@ from solyd_swarm import node as node_module
 from solyd_swarm.core.keys import derive_topic_key
 from solyd_swarm.discovery import bootstrap, dht, mdns, reach
 from solyd_swarm.discovery.bootstrap import BootstrapSource
+from solyd_swarm.discovery.given_hosts import GivenHosts
 from solyd_swarm.discovery.scope import scope_of
 from solyd_swarm.discovery.source import Address, Endpoint
 from solyd_swarm.errors import DiscoveryError
@@ -183,12 +184,13 @@ async def test_a_bootstrap_name_that_is_unknown_is_one_warning_and_tried_again(m
         return [("127.0.0.1", port), ("127.0.0.1", port)]
 
     found = []
-    source = BootstrapSource([((("nowhere.example", 7),), b"")], resolve)
+    hosts = GivenHosts(resolve)
+    source = BootstrapSource([((("nowhere.example", 7),), b"")], hosts)
     await source.start(Endpoint(1, bytes(32)), lambda key, candidate: found.append((key, candidate)))
     source.join(ROOM)
-    await until(lambda: source.problems == {"nowhere.example": "no such name"})
+    await until(lambda: hosts.problems == {"nowhere.example": "no such name"})
     await until(lambda: found)
-    assert source.problems == {}
+    assert hosts.problems == {}
     assert found[0][0] == ROOM
     assert found[0][1].addresses == (Address("127.0.0.1", 7),)
     assert [record.levelname for record in caplog.records if record.levelno > logging.INFO] == ["WARNING"]
@@ -207,7 +209,7 @@ async def test_a_bootstrap_source_asks_nothing_without_a_topic_and_survives_a_fa
         if len(calls) == 1:
             raise ZeroDivisionError
 
-    source = BootstrapSource([((("127.0.0.1", 7),), b"")], resolve)
+    source = BootstrapSource([((("127.0.0.1", 7),), b"")], GivenHosts(resolve))
     await source.start(Endpoint(1, bytes(32)), found)
     source.refresh(ROOM)
     await asyncio.sleep(0.05)

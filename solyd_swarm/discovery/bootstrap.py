@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from typing import ClassVar
 
+from solyd_swarm.discovery.given_hosts import GivenHosts
 from solyd_swarm.discovery.source import Address, Candidate, Endpoint, Found, Source
 
 log = logging.getLogger("solyd_swarm.discovery.bootstrap")
@@ -13,29 +14,24 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 15.0
 """Seconds between tries of one contact: often at first, for programs are started together, then seldom."""
 
-Resolve = Callable[[str, int], Awaitable[list[tuple[str, int]]]]
-"""IP literals and ports of a host name; raises ``OSError``."""
-
 
 class BootstrapSource(Source):
     """Reports each contact under every topic joined, again and again; whoever has it already ignores that.
 
     Args:
         contacts: (addresses, instance key or empty) of each; host names are looked up anew at each try.
-        resolve: looks a name up.
+        hosts: looks names up.
     """
 
     name: ClassVar[str] = "bootstrap"
 
-    def __init__(self, contacts: Iterable[tuple[tuple[tuple[str, int], ...], bytes]], resolve: Resolve) -> None:
+    def __init__(self, contacts: Iterable[tuple[tuple[tuple[str, int], ...], bytes]], hosts: GivenHosts) -> None:
         self._contacts = tuple(contacts)
-        self._resolve = resolve
+        self._hosts = hosts
         self._found: Found = lambda topic_key, candidate: None
         self._topics: dict[bytes, None] = {}
         self._wake: dict[int, asyncio.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self.problems: dict[str, str] = {}
-        """Host names that could not be looked up, with what the resolver said."""
 
     async def start(self, endpoint: Endpoint, found: Found) -> None:
         self._found = found
@@ -84,16 +80,7 @@ class BootstrapSource(Source):
                 pause = min(pause * 2, LONGEST_PAUSE)
 
     async def _report(self, addresses: tuple[tuple[str, int], ...], instance: bytes) -> None:
-        resolved: list[Address] = []
-        for host, port in addresses:
-            try:
-                async with asyncio.timeout(5):
-                    resolved += [Address(*each) for each in await self._resolve(host, port)]
-                self.problems.pop(host, None)
-            except OSError as error:
-                if host not in self.problems:
-                    log.warning("bootstrap host %r cannot be looked up (%s); it is tried again", host, error or type(error).__name__)
-                self.problems[host] = str(error)
+        resolved = [Address(*each) for host, port in addresses for each in await self._hosts.addresses(host, port)]
         if resolved:
             for topic_key in list(self._topics):
                 self._found(topic_key, Candidate(tuple(dict.fromkeys(resolved)), self.name, instance or None))

@@ -6,7 +6,9 @@ for a channel; it tries the UDP port of the same number, which is where DHT node
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+from solyd_swarm.discovery.given_hosts import GivenHosts
 
 log = logging.getLogger("solyd_swarm.discovery.dht")
 
@@ -15,9 +17,6 @@ FIRST_PAUSE = 1.0
 ALONE_PAUSE = 5.0
 PAUSE = 300.0
 """Seconds between two times: what was split by an outage finds together again."""
-RESOLVE_TIMEOUT = 5.0
-
-Resolve = Callable[[str, int], Awaitable[list[tuple[str, int]]]]
 
 
 class DhtEntry:
@@ -25,6 +24,7 @@ class DhtEntry:
 
     Args:
         places: (host name or IP literal, port).
+        hosts: looks names up.
         topics: the topics that there are now: while there are any, nothing is done.
         contact: told each IP literal and UDP port.
         nodes: how many DHT nodes are known.
@@ -33,15 +33,14 @@ class DhtEntry:
     def __init__(
         self,
         places: Iterable[tuple[str, int]],
-        resolve: Resolve,
+        hosts: GivenHosts,
         *,
         topics: Callable[[], Iterable[bytes]],
         contact: Callable[[str, int], None],
         nodes: Callable[[], int],
     ) -> None:
         self._places: Sequence[tuple[str, int]] = tuple(dict.fromkeys(places))
-        self._resolve, self._topics, self._contact, self._nodes = resolve, topics, contact, nodes
-        self._unknown: set[str] = set()  # hosts that could not be looked up, which has been told
+        self._hosts, self._topics, self._contact, self._nodes = hosts, topics, contact, nodes
         self._task = asyncio.get_running_loop().create_task(self._run(), name="solyd_swarm dht entry")
 
     async def close(self) -> None:
@@ -60,14 +59,5 @@ class DhtEntry:
             log.exception("the places to begin at are not asked any more")
 
     async def _try(self, host: str, port: int) -> None:
-        try:
-            async with asyncio.timeout(RESOLVE_TIMEOUT):
-                addresses = await self._resolve(host, port)
-        except OSError as error:
-            if host not in self._unknown:
-                log.warning("bootstrap host %r cannot be looked up (%s); it is tried again", host, error or type(error).__name__)
-            self._unknown.add(host)
-            return
-        self._unknown.discard(host)
-        for ip, number in addresses:
+        for ip, number in await self._hosts.addresses(host, port):
             self._contact(ip, number)

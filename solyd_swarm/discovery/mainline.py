@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, ClassVar
 
-from solyd_swarm.discovery.bootstrap import Resolve
+from solyd_swarm.discovery.given_hosts import Resolve
 from solyd_swarm.discovery.interfaces import usable_interfaces
 from solyd_swarm.discovery.mainline_rules import ANYONE, days_looked_up, infohash_of, refusal
 from solyd_swarm.discovery.mainline_session import DhtSession, Host
