@@ -12,7 +12,8 @@ from solyd_swarm.core.events import Action, Dial, Event, LinkDown, LinkUp, Recei
 from solyd_swarm.core.ledger import Ledger
 from solyd_swarm.core.overlay import Overlay, OverlayConfig
 from solyd_swarm.core.wire import Frame, Gossip, Join, PeerInfo, decode, encode
-from solyd_swarm.simulation.network import TOPIC_ID, Network, Peer, key_pair
+from solyd_swarm.simulation.network import TOPIC_ID, Network
+from solyd_swarm.simulation.peer import Peer, key_pair
 
 F = TypeVar("F", bound=Frame)
 

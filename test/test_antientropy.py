@@ -12,7 +12,8 @@ from solyd_swarm.core.events import Received
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.core.reconcile import Negentropy
 from solyd_swarm.core.wire import decode
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 DIGESTS = (wire.Summary, wire.InSync, wire.Reconcile, wire.Have, wire.Done, wire.Pull, wire.Transfer, wire.Gone)
 

@@ -12,7 +12,8 @@ from solyd_swarm.core.antientropy import AntiEntropyConfig
 from solyd_swarm.core.events import Congested, Drained, Send
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.core.wire import decode
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 NO_DIGESTS = AntiEntropyConfig(digest_interval=1000.0, digest_interval_max=1000.0)
 

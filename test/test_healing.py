@@ -6,7 +6,8 @@ from simulated import digests, mesh, star
 from solyd_swarm.core.doubts import DIVIDED_AGE, MAX_DOUBTS, Doubts
 from solyd_swarm.core.events import Dial, DialFailed, Discovered, LinkUp
 from solyd_swarm.core.healing import ASK_PAUSE, MAX_CANDIDATES, Healing
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 
 def halves(net: Network, size: int) -> tuple[list[Peer], list[Peer]]:

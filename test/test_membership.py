@@ -9,7 +9,8 @@ from solyd_swarm.core import wire
 from solyd_swarm.core.events import Dial, Discovered, LinkDown
 from solyd_swarm.core.membership import MAX_SHUFFLE_ROUTES, MembershipConfig
 from solyd_swarm.core.wire import MAX_ADDRESSES, MAX_PEERS, PeerInfo
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 SIZES = MembershipConfig()
 

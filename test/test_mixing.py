@@ -9,7 +9,8 @@ from solyd_swarm.core import wire
 from solyd_swarm.core.membership import MembershipConfig
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.simulation.graph import measure
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 
 def chain(net: Network, count: int) -> list[Peer]:

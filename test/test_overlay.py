@@ -5,7 +5,8 @@ from simulated import digests, disordered, mesh, repeated, star
 
 from solyd_swarm.core.events import Congested, Drained, Publish, Schedule, Tick
 from solyd_swarm.core.overlay import OverlayConfig
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 
 def published_by_all(net: Network, peers: list[Peer], *, rounds: int = 5, pause: float = 0.05) -> dict[Peer, list[bytes]]:

@@ -9,7 +9,8 @@ from solyd_swarm.core import wire
 from solyd_swarm.core.envelope import equivocation_id
 from solyd_swarm.core.events import Equivocated
 from solyd_swarm.core.overlay import OverlayConfig
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 
 def assert_convicted(net: Network, peers: list[Peer], author: bytes, epoch: int = 1) -> None:

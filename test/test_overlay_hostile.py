@@ -11,7 +11,8 @@ from solyd_swarm.core import wire
 from solyd_swarm.core.doubts import MAX_DOUBTS
 from solyd_swarm.core.events import Close, Received
 from solyd_swarm.core.wire import ALL_FRAMES, Frame, PeerInfo, encode
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 
 class Fiend:

@@ -7,7 +7,8 @@ from solyd_swarm.core import wire
 from solyd_swarm.core.envelope import Envelope, seal
 from solyd_swarm.core.events import Publish, Received
 from solyd_swarm.core.overlay import OverlayConfig
-from solyd_swarm.simulation.network import TOPIC_ID, Network, Peer
+from solyd_swarm.simulation.network import TOPIC_ID, Network
+from solyd_swarm.simulation.peer import Peer
 
 SHORT = OverlayConfig(window=20.0)
 

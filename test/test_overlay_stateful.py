@@ -9,7 +9,8 @@ from simulated import Puppet, come_back, digests, disordered, repeated
 from test_overlay_hostile import Fiend
 
 from solyd_swarm.core.overlay import OverlayConfig
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 MOST = 12
 pick = st.integers(0, 2**16)

@@ -7,7 +7,8 @@ from solyd_swarm.core import wire
 from solyd_swarm.core.antientropy import AntiEntropyConfig
 from solyd_swarm.core.events import Congested, Drained, Progress, Received
 from solyd_swarm.core.overlay import OverlayConfig
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 
 class Auditor:

@@ -8,7 +8,8 @@ from solyd_swarm.core.antientropy import AntiEntropyConfig
 from solyd_swarm.core.events import Tick
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.core.wire import decode
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 QUIET = OverlayConfig(antientropy=AntiEntropyConfig(digest_interval=1000.0, digest_interval_max=1000.0), heal_interval=1000.0)
 

@@ -10,8 +10,9 @@ from solyd_swarm.net.limits import SILENCE_TIMEOUT
 from solyd_swarm.simulation import experiment
 from solyd_swarm.simulation.directory import Directory
 from solyd_swarm.simulation.graph import Graph, distances, measure, neighbours
-from solyd_swarm.simulation.network import DIAL_TIMEOUT, Network, Peer
+from solyd_swarm.simulation.network import DIAL_TIMEOUT, Network
 from solyd_swarm.simulation.parameters import JOINS, LATENCIES, Parameters, parse_latency
+from solyd_swarm.simulation.peer import Peer
 from solyd_swarm.simulation.recorder import Recorder, percentile
 
 # -- the graph ----------------------------------------------------------------------------------------------------

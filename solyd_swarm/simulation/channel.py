@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from solyd_swarm.simulation.network import Peer
+    from solyd_swarm.simulation.peer import Peer
 
 
 class Way:

@@ -1,6 +1,7 @@
 """A simulated source of discovery: it answers late, partially, and knows of the dead for a while, as DHTs do."""
 
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 
 class Directory:

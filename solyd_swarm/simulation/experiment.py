@@ -9,8 +9,9 @@ from solyd_swarm.core.broadcast import BroadcastConfig
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.simulation.directory import Directory
 from solyd_swarm.simulation.graph import Graph, measure
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
 from solyd_swarm.simulation.parameters import Parameters
+from solyd_swarm.simulation.peer import Peer
 from solyd_swarm.simulation.recorder import Broadcast, Recorder, Traffic, percentile
 
 JOIN_PAUSE = 0.002

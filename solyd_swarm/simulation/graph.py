@@ -4,7 +4,7 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from solyd_swarm.simulation.network import Peer
+from solyd_swarm.simulation.peer import Peer
 
 PATH_SOURCES = 64
 """Peers from which shortest paths are measured, where there are more: all pairs of 10,000 would take longer than the run."""

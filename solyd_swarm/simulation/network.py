@@ -7,12 +7,11 @@ to survive that too. What it says of acknowledgements (`Progress`) is true on re
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from heapq import heappop, heappush
 from typing import Any
 
-from nacl.bindings import crypto_sign, crypto_sign_seed_keypair
+from nacl.bindings import crypto_sign
 
 from solyd_swarm.core.envelope import Envelope, Signer, Verifier, verify_ed25519
 from solyd_swarm.core.events import (
@@ -41,6 +40,7 @@ from solyd_swarm.core.overlay import Overlay, OverlayConfig
 from solyd_swarm.core.wire import PeerInfo
 from solyd_swarm.net.limits import SILENCE_TIMEOUT
 from solyd_swarm.simulation.channel import Channel, Way
+from solyd_swarm.simulation.peer import Peer, key_pair, sign_sham, verify_sham
 
 TOPIC_ID = b"simulated topic."
 UNUSED_TIMEOUT = 10.0
@@ -50,52 +50,7 @@ DIAL_TIMEOUT = 5.0
 DIAL_FLIGHTS = 3
 """One-way delays from a dial to an established channel: TCP's handshake, and the first flight of Noise XX beyond it."""
 
-Watch = Callable[["Peer", Deliver], None]
-
-
-def key_pair(seed: str) -> tuple[bytes, bytes]:
-    """(public, secret) Ed25519 key from a seed."""
-    return crypto_sign_seed_keypair(blake2b(seed.encode(), digest_size=32).digest())
-
-
-def _sham(public: bytes, data: bytes) -> bytes:
-    return blake2b(data, key=public, digest_size=64).digest()
-
-
-def verify_sham(public_key: bytes, signature: bytes, data: bytes) -> bool:
-    """Checks what `Network(sham_signatures=True)` signs with: as large as Ed25519's, 50 times faster, and no secret at all."""
-    return signature == _sham(public_key, data)
-
-
-@dataclass(eq=False)
-class Peer:
-    """One simulated peer, and all that came out of its core."""
-
-    index: int
-    id: bytes
-    overlay: Overlay
-    address: Addresses
-    secret: bytes
-    born: float = 0.0
-    died: float | None = None
-    wake_at: float | None = None
-    zone: int = 0
-    frozen: bool = False
-    """It does nothing at all any more, and its channels stay open all the same."""
-    clock_offset: float = 0.0
-    """Seconds by which the peer's wall clock is ahead."""
-    links: dict[bytes, Way] = field(default_factory=dict)
-    delivered: list[Deliver] = field(default_factory=list)
-    messages: list[bytes] = field(default_factory=list)
-    equivocations: list[Equivocated] = field(default_factory=list)
-    neighbor_downs: list[NeighborDown] = field(default_factory=list)
-    closed: list[Close] = field(default_factory=list)
-    progress: Progress | None = None
-    next_sequence: int = 1
-
-    @property
-    def alive(self) -> bool:
-        return self.died is None
+Watch = Callable[[Peer, Deliver], None]
 
 
 class Network:
@@ -155,7 +110,7 @@ class Network:
         """A new peer, alone. A `name` given twice is one author come back."""
         index = len(self.peers)
         public, secret = key_pair(name or f"author {index}")
-        sign: Signer = (lambda data: _sham(public, data)) if self._sham else (lambda data: crypto_sign(data, secret)[:64])
+        sign: Signer = (lambda data: sign_sham(public, data)) if self._sham else (lambda data: crypto_sign(data, secret)[:64])
         verify: Verifier = verify_sham if self._sham else verify_ed25519
         address: Addresses = ((f"10.{index >> 16}.{index >> 8 & 255}.{index & 255}", 7000),)
         instance = blake2b(f"instance {index} {self.rng.random()}".encode(), digest_size=32).digest()

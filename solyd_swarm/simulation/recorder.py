@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 from solyd_swarm.core import wire
 from solyd_swarm.core.events import Deliver
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
+from solyd_swarm.simulation.peer import Peer
 
 PAYLOAD_TYPES = (wire.Gossip.TYPE, wire.Transfer.TYPE, wire.Proof.TYPE)
 DIGEST_TYPES = tuple(frame.TYPE for frame in wire.ALL_FRAMES if 0x40 <= frame.TYPE < 0x50 and frame.TYPE not in PAYLOAD_TYPES)

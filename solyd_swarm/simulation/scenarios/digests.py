@@ -5,8 +5,9 @@ from dataclasses import replace
 from solyd_swarm.core import wire
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.simulation.experiment import Progress, Run, Senders, form, prepare, publish
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
 from solyd_swarm.simulation.parameters import Parameters
+from solyd_swarm.simulation.peer import Peer
 from solyd_swarm.simulation.recorder import DIGEST_TYPES, Recorder, Traffic
 from solyd_swarm.simulation.scenarios.base import Outcome, Scenario
 

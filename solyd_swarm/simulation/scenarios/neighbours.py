@@ -9,8 +9,9 @@ from solyd_swarm.net.driver import LAG_BYTES, LAG_TIMEOUT
 from solyd_swarm.net.limits import HIGH_MARK, MAX_BACKLOG, STALL_TIMEOUT
 from solyd_swarm.simulation.channel import Way
 from solyd_swarm.simulation.experiment import Progress, Run, Senders, form, prepare, publish
-from solyd_swarm.simulation.network import Network, Peer
+from solyd_swarm.simulation.network import Network
 from solyd_swarm.simulation.parameters import Parameters
+from solyd_swarm.simulation.peer import Peer
 from solyd_swarm.simulation.recorder import Broadcast, percentile
 from solyd_swarm.simulation.scenarios.base import Outcome, Scenario
 

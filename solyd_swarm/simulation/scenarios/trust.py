@@ -7,8 +7,9 @@ from solyd_swarm.core.envelope import Envelope, equivocation_id, seal
 from solyd_swarm.core.events import Received
 from solyd_swarm.simulation.experiment import Progress, Senders, drain, form, prepare, publish
 from solyd_swarm.simulation.graph import measure
-from solyd_swarm.simulation.network import TOPIC_ID, Network, Peer, key_pair
+from solyd_swarm.simulation.network import TOPIC_ID, Network
 from solyd_swarm.simulation.parameters import Parameters
+from solyd_swarm.simulation.peer import Peer, key_pair
 from solyd_swarm.simulation.recorder import Recorder
 from solyd_swarm.simulation.scenarios.base import Outcome, Scenario
 
