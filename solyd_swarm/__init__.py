@@ -5,8 +5,8 @@
     >>> _ = swarm.on("message", print)
     >>> _ = swarm.leave()
 
-Peers interested in the same topic find one another by multicast DNS and a Kademlia DHT, connect over encrypted channels,
-and gossip signed messages: fast along a broadcast tree, and surely by periodic anti-entropy digests.
+Peers interested in the same topic find one another by multicast DNS, a Kademlia DHT of their own, BitTorrent's, or a ticket;
+connect over encrypted channels, and gossip signed messages: fast along a broadcast tree, and surely by periodic anti-entropy digests.
 """
 
 from solyd_swarm.errors import (

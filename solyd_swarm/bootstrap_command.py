@@ -32,7 +32,7 @@ def run(
         bootstrap: other nodes of the same DHT.
         identity: a file that keeps who we are.
         mdns: whether to look on the local network, too.
-        interfaces: addresses or names of the network interfaces that discovery may use.
+        interfaces: addresses or names of the network interfaces that may be used.
     """
     try:
         node = Node(

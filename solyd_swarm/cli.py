@@ -1,7 +1,8 @@
 """The command ``solyd-swarm``; `solyd_swarm.pipe` tells what its ``pipe`` does, `solyd_swarm.bootstrap_command` its ``bootstrap``.
 
 Exit status: 0; 1: see the command; 2: bad usage, or an error of this library, told in one sentence on standard error; 129, 130: left
-after SIGHUP, SIGINT. SIGTERM, SIGINT and SIGHUP leave, unless whoever started the command had them ignored; a second one ends at once.
+after SIGHUP, SIGINT. SIGTERM, SIGINT and SIGHUP leave (``doctor`` is ended by them), unless whoever started the command had them
+ignored; a second one ends at once.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def _add_pipe(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="publish lines of standard input, print what arrives as JSON lines",
         description="Publishes the lines of standard input and prints what arrives as JSON lines. At the end of input it waits until a peer"
         " has received everything, then leaves; without input (/dev/null) it listens. SIGTERM and SIGINT leave.",
-        epilog="Exit status: 0 left; 1 not everything was published, received by a peer, or written; 2 an error; 130 SIGINT.",
+        epilog="Exit status: 0 left; 1 not everything was published, received by a peer, or written; 2 an error; 129 SIGHUP; 130 SIGINT.",
     )
     pipe.set_defaults(run=_pipe)
     pipe.add_argument("topic", metavar="TOPIC", help="what to meet under; a non-empty text")
@@ -82,8 +83,8 @@ def _add_pipe(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--bootstrap", action="append", default=[], metavar="TICKET", help="a peer's ticket, or HOST:PORT; may be given several times"
     )
     pipe.add_argument("--no-mdns", dest="mdns", action="store_false", help="do not look on the local network")
-    pipe.add_argument("--no-dht", dest="dht", action="store_false", help="do not look in the distributed hash table")
-    pipe.add_argument("--interfaces", metavar="NAME,...", help="addresses or names of the network interfaces that discovery may use")
+    pipe.add_argument("--no-dht", dest="dht", action="store_false", help="look neither in the peers' own DHT nor in BitTorrent's")
+    pipe.add_argument("--interfaces", metavar="NAME,...", help="addresses or names of the network interfaces that may be used")
     pipe.add_argument("--no-replay", dest="replay", action="store_false", help="do not print what was published before we came")
     pipe.add_argument("--ticket", action="store_true", help="write our own ticket, a line, to standard error")
     pipe.add_argument("-v", "--verbose", action="store_true", help="log what happens to standard error")
@@ -95,7 +96,7 @@ def _add_bootstrap(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="run a node of the distributed hash table that peers begin at",
         description='Runs a node of the distributed hash table at a fixed place, for others to begin at: bootstrap="HOST:PORT". It joins'
         " no topic. Once it listens it prints a line that says where, with its ticket. SIGTERM and SIGINT end it.",
-        epilog="Exit status: 0 ended; 1 the address is in use; 2 an error; 130 SIGINT.",
+        epilog="Exit status: 0 ended; 1 the address is in use, or the DHT does not work here; 2 an error; 130 SIGINT.",
     )
     bootstrap.set_defaults(run=_bootstrap)
     bootstrap.add_argument(
@@ -110,7 +111,7 @@ def _add_bootstrap(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     bootstrap.add_argument("--identity", metavar="PATH", help="a file that keeps who we are, made if missing (default: somebody new)")
     bootstrap.add_argument("--mdns", action="store_true", help="look on the local network, too")
-    bootstrap.add_argument("--interfaces", metavar="NAME,...", help="addresses or names of the network interfaces that discovery may use")
+    bootstrap.add_argument("--interfaces", metavar="NAME,...", help="addresses or names of the network interfaces that may be used")
     bootstrap.add_argument("-v", "--verbose", action="store_true", help="log what happens to standard error")
 
 

@@ -10,7 +10,7 @@ REPL or kernel exit                       goodbye
 a forked child                            nothing
 ========================================  ==========================================================================
 
-An *owner* is whatever keeps a script alive (a node, a swarm). Goodbye asks every owner to leave and waits for all of
+An *owner* is whatever keeps a script alive (a swarm). Goodbye asks every owner to leave and waits for all of
 them together, `GOODBYE` seconds at most; a second Ctrl-C meanwhile ends the process at once, with 130 too.
 
 Python shuts its thread pools before it waits for threads or runs ``atexit`` callbacks, so neither is the place to go on

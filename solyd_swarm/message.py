@@ -47,7 +47,7 @@ class Peer:
 
     Attributes:
         id: its author id, as in `Message.source`.
-        address: ``"host:port"`` of the other end of the channel.
+        address: ``"host:port"`` (IPv6: ``"[host]:port"``) of the other end of the channel; where it dialled us, not where it listens.
         since: when it became a neighbour, in UTC.
     """
 
@@ -69,9 +69,11 @@ class Stats:
         late: of those, how many came out of order.
         lagged: messages dropped because handlers or iterators were too slow.
         undecodable: messages that arrived and could not be decoded.
-        held: envelopes known within the window, and `held_bytes` of them kept.
+        held: envelopes whose ids are known, which is for twice the window.
+        held_bytes: bytes of their bodies, which are kept for the window.
         bytes_in, bytes_out: on all channels of the node.
-        discovery: each way of finding peers, and its state in words: on, off, or failed and why.
+        discovery: each way of finding peers (``mdns``, ``dht``, ``mainline``, ``portmap``, ``bootstrap``; with an identity file
+            ``addresses``), and its state in words: off, on and more, or failed and why.
     """
 
     neighbors: int = 0

@@ -34,15 +34,16 @@ class Node:
     """One identity, one listening socket and one discovery for many topics; a context manager, also an asynchronous one.
 
     Args:
-        identity: path of a file that keeps keys and epoch, made with mode 0600 if it is not there; None: fresh ones.
-        listen: (host, port) to listen at; an empty host means all addresses, port 0 any free one.
+        identity: path of a file that keeps keys, epoch, what was delivered and where members were, made with mode 0600 if it is not
+            there; None: fresh ones.
+        listen: (host, port) to listen at; an empty host means all addresses of the interfaces, port 0 any free one.
         bootstrap: a ticket, ``"host:port"``, or a list of them.
         mdns, dht: whether to look on the local network, and in the distributed hash table that the peers form.
         mainline: whether to look in the BitTorrent DHT too (not with ``dht=False``); or ``"host:port"`` of nodes to enter one by, or a
             list of them, instead of the public ones.
         portmap: whether to ask the router to pass connections from outside on to us (PCP, NAT-PMP, UPnP).
-        interfaces: the addresses (or names) of network interfaces that discovery may use, all by default; the environment
-            variable ``SOLYD_SWARM_INTERFACES`` (separated by commas) says it for every node.
+        interfaces: the addresses (or names) of the network interfaces on which we may listen, dial and search. By default those that
+            the environment variable ``SOLYD_SWARM_INTERFACES`` names, separated by commas, or all.
 
     Raises:
         OptionError, TicketError, IdentityError, ListenError, InterfaceError: each says what to do.
@@ -86,15 +87,18 @@ class Node:
 
     @property
     def home(self) -> Home:
-        """Where it runs."""
+        """Where it runs; for the library's own use."""
         return self._base.home
 
     def pubsub(self, topic: str, **options: Any) -> Swarm:
         """Joins a topic on this node. Takes the options of `solyd_swarm.pubsub` that are not a node's.
 
         Raises:
-            OptionError: the node has this topic already (and the same secret); a ``ValueError``.
+            TopicError, TopicTypeError: see `solyd_swarm.pubsub`.
+            OptionError: an option cannot work, or the node has this topic already (and the same secret); a ``ValueError``.
+            OptionTypeError: an option of another type, or one that there is not; a ``TypeError``.
             SwarmLeft: the node is closed.
+            ForkedError: it belongs to the parent process.
         """
         try:
             swarm_options = SwarmOptions(**options)
@@ -204,19 +208,21 @@ def pubsub(
     """Joins a topic: finds others interested in it, connects to a few of them, and gossips.
 
     Args:
-        topic: a non-empty string.
+        topic: a non-empty string; whoever gives the same one (and the same secret) is met.
         node: the `Node` to live on. Without it, and without options of a node, all swarms of a loop (or of a script) share one.
-        secret: whoever lacks it cannot join, nor learn who has joined.
+        secret: not empty; whoever lacks it cannot join, nor learn who has joined. Text counts as its UTF-8.
         replay: whether to get the messages that the window held before we joined.
-        max_message_size: bytes of the longest message to publish, encoded; at most 16 MiB.
-        retain: seconds that messages are kept for those who come late (the window).
-        retain_bytes: bytes of messages kept; the oldest go first.
-        publish_buffer: bytes that may be published before some neighbour has accepted them.
+        max_message_size: bytes of the longest message to publish, encoded: 1 MiB, at most 16 MiB.
+        retain: seconds that messages are kept for those who come late (the window): 600, from 1 to 7 days.
+        retain_bytes: bytes of messages kept, 64 MiB; the oldest go first. So much may also wait for slow handlers, and for each iterator.
+        publish_buffer: bytes that may be published before some neighbour has accepted them: 8 MiB. While there is none, `retain_bytes`.
         identity, listen, bootstrap, mdns, dht, mainline, portmap, interfaces: as for `Node`; with any of them the swarm gets a node of
             its own.
 
     Raises:
         TopicError, OptionError, TicketError, IdentityError, ListenError, InterfaceError: each says what to do.
+        SwarmLeft: the node is closed.
+        ForkedError: the node belongs to the parent process.
     """
     topic = check_topic(topic)
     options = SwarmOptions(secret, replay, max_message_size, retain, retain_bytes, publish_buffer)

@@ -1,4 +1,4 @@
-"""`pubsub` and what it returns: the swarm that users hold."""
+"""What `pubsub` returns: the swarm that users hold."""
 
 import asyncio
 import contextlib
@@ -36,8 +36,18 @@ T = TypeVar("T")
 class Swarm(SwarmEmitter):
     """One topic, joined. Made by `pubsub`; an event emitter whose methods may be called from any thread.
 
-    Events: ``message(obj)``; ``received(Message)``; ``connected()``, ``disconnected()``; ``neighbor_up(Peer)``,
-    ``neighbor_down(Peer, reason)``; ``lagged(count)``; ``equivocation(author, proof)``; ``error(exc)``; ``left()``.
+    Events:
+        message(obj): an object has arrived; received(Message): the same with all that is known of it.
+        connected(), disconnected(): there is a first neighbour; there is none any more. A handler of ``connected`` that is added while
+            there is one is called, too.
+        neighbor_up(Peer), neighbor_down(Peer, reason): ``reason`` is a short sentence.
+        lagged(count): so many messages were dropped since the last time, because handlers or iterators are too slow.
+        equivocation(author, proof): ``author`` an id; ``proof`` two pairs (body, signature) of bytes, as in docs/protocol.rst.
+        error(exc): a handler raised, or a message could not be decoded (`PayloadError`).
+        left(): the swarm has left.
+
+    Attributes:
+        topic: as given to `pubsub`.
     """
 
     def __init__(self, topic: str, options: SwarmOptions, node: BaseNode, on_left: Callable[["Swarm"], None], *, owns_node: bool) -> None:
@@ -136,14 +146,16 @@ class Swarm(SwarmEmitter):
                 It is encoded at once: changing it later changes nothing.
 
         Returns:
-            The message's id, equal at every peer.
+            The message's id, equal at every peer: ``"<author>:<epoch>:<sequence>"``.
 
         Raises:
             UnpublishableType: something inside would not arrive equal; a ``TypeError`` that names its place.
             UnpublishableValue: out of range or nested too deep; a ``ValueError`` that names its place.
             MessageTooLarge: longer than ``max_message_size`` when encoded; a ``ValueError``.
-            SwarmBusy: no neighbour has accepted what was published so far, and the publish buffer is full.
+            SwarmBusy: no neighbour has accepted what was published so far, and the publish buffer is full. (Where there is no neighbour
+                the window is the buffer, and its oldest go: see `Stats.lost`.)
             SwarmLeft: the swarm has left.
+            ForkedError: it belongs to the parent process.
         """
         if self._departure.begun or lifetime.forked(self._home.birth):
             self._check_usable()
@@ -156,7 +168,10 @@ class Swarm(SwarmEmitter):
     # -- waiting ----------------------------------------------------------------------------------------------
 
     def joined(self) -> Pending[None]:
-        """Done when there is at least one neighbour: at once if there is one. `SwarmLeft` if we leave before."""
+        """Done when there is at least one neighbour: at once if there is one.
+
+        Raises `SwarmLeft` (the result, too, if we leave before there is one), `ForkedError`.
+        """
         self._check_usable()
         pending: Pending[None] = Pending(self._is_own_thread)
         self._home.call(self._await_join, pending)
@@ -172,7 +187,11 @@ class Swarm(SwarmEmitter):
             self._joins.append(pending)
 
     def flush(self) -> Pending[None]:
-        """Done when what was published so far is acknowledged by every present neighbour, and by one at least."""
+        """Done when what was published so far is acknowledged by every present neighbour, and by one at least.
+
+        What left the window before anybody had it (`Stats.lost`) is not waited for. Raises `SwarmLeft` (the result, too, if we leave
+        before), `ForkedError`.
+        """
         self._check_usable()
         pending: Pending[None] = Pending(self._is_own_thread)
         self._home.call(self._await_flush, self._outbox.published, pending)
@@ -185,7 +204,13 @@ class Swarm(SwarmEmitter):
             self._outbox.flush(sequence, pending)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Blocks until the swarm has left. Raises ``TimeoutError`` after ``timeout`` seconds."""
+        """Blocks until the swarm has left.
+
+        Raises:
+            TimeoutError: after ``timeout`` seconds.
+            RuntimeError: called on the swarm's own threads, as in a handler.
+            ForkedError: it belongs to the parent process.
+        """
         self._check_forked()
         self._departure.done.result(timeout)
 
@@ -252,10 +277,15 @@ class Swarm(SwarmEmitter):
     # -- consuming --------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Message]:
+        """Yields messages until the swarm has left, from a queue of its own (``retain_bytes``; beyond it ``lagged``).
+
+        Those that cannot be decoded are told by ``error`` and left out. Raises ``RuntimeError`` on the swarm's own threads.
+        """
         self._check_forked()
         return self._delivery.iterate()
 
     def __aiter__(self) -> AsyncIterator[Message]:
+        """As `__iter__`, on any event loop."""
         self._check_forked()
         return self._delivery.iterate()
 

@@ -22,8 +22,8 @@ class Candidate:
     """Somewhere a peer may listen. Untrusted: only the channel authenticates.
 
     Attributes:
-        addresses: alternatives for one and the same peer; all are dialled at once.
-        source: the name of the source that found it (``"mdns"``, ``"dht"``, ``"bootstrap"``).
+        addresses: alternatives for one and the same peer; they are dialled one after the other, shortly, until one answers.
+        source: the name of the source that found it (``"mdns"``, ``"dht"``, ``"mainline"``, ``"bootstrap"``, ``"addresses"``).
         instance: the 32-byte instance key (Noise static key) it should have, where the source tells it.
         learned_from: IP literal of whoever told us, where there is one: decides which scopes may be dialled.
     """
@@ -45,7 +45,7 @@ class Endpoint:
     Attributes:
         port: TCP port that the node listens on.
         instance: the node's 32-byte instance key.
-        interfaces: IP literals of the local interfaces that discovery may use; empty: all, loopback included.
+        interfaces: IP literals of the local interfaces that may be used; empty: all, loopback included.
         published: tells where others may hear that the node can be dialled (IP literal, TCP port); None: at all of its addresses.
     """
 

@@ -48,8 +48,8 @@ def add_doctor(commands: Any, address: Callable[[str], tuple[str, int]], secret:
         "--bootstrap", action="append", default=[], metavar="TICKET", help="a peer's ticket, or HOST:PORT; may be given several times"
     )
     doctor.add_argument("--no-mdns", dest="mdns", action="store_false", help="do not look on the local network")
-    doctor.add_argument("--no-dht", dest="dht", action="store_false", help="do not look in the distributed hash table")
-    doctor.add_argument("--interfaces", metavar="NAME,...", help="addresses or names of the network interfaces that discovery may use")
+    doctor.add_argument("--no-dht", dest="dht", action="store_false", help="look neither in the peers' own DHT nor in BitTorrent's")
+    doctor.add_argument("--interfaces", metavar="NAME,...", help="addresses or names of the network interfaces that may be used")
     doctor.add_argument("-v", "--verbose", action="store_true", help="log what happens to standard error")
 
 

@@ -4,8 +4,9 @@ The terms are those of the papers (HyParView, DSN 2007, section 2.5; Plumtree, S
 
 - *Reliability* of a message: the share of those that had to get it which did get it. They are the peers, but for the author, that were
   there from its publication to the end of the run.
-- *RMR*, relative message redundancy: ``m / (n - 1) - 1``, where ``m`` frames with a body (Gossip, Transfer) were sent for a message
-  and ``n`` peers have it, author included. 0 is a perfect tree; flooding over a graph of degree ``d`` has about ``d - 2``.
+- *RMR*, relative message redundancy: ``m / r - 1``, where ``m`` frames with a body (Gossip, Transfer, Proof) were sent, and ``r``
+  deliveries made. For one message that ``n`` peers have in the end it is the paper's ``m / (n - 1) - 1``. 0 is a perfect tree;
+  flooding over a graph of degree ``d`` has about ``d - 2``.
 - *LDH*, last delivery hop, of a message: the most hops that it made to anyone.
 - *Latency*: from publication to delivery to the application, in order; of one message to one peer that was there from the start.
 """
