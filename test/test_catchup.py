@@ -28,9 +28,12 @@ def test_who_waited_gets_a_turn_once() -> None:
     for peer in (b"two", b"three", b"two", b"four"):
         catch_up.put_off(peer)
     catch_up.forget(b"three")
-    assert catch_up.end() == [b"two", b"four"]
-    assert not catch_up.is_busy(0.1, 0.1)
-    assert catch_up.end() == []
+    assert catch_up.end(1.0) == [b"two", b"four"]
+    assert not catch_up.is_busy(1.1, 1.1)
+    assert catch_up.end(2.0) == []
+    assert catch_up.may_begin(b"two", 2.0)
+    assert not catch_up.may_begin(b"one", 5.9)  # it comes after those who waited
+    assert catch_up.may_begin(b"one", 6.0)
 
 
 def history(net: Network, count: int) -> None:

@@ -10,6 +10,7 @@ from simulated import Puppet, digests, disordered, gossip, mesh, repeated
 from solyd_swarm.core import wire
 from solyd_swarm.core.doubts import MAX_DOUBTS
 from solyd_swarm.core.events import Close, Received
+from solyd_swarm.core.order import OVERHEAD
 from solyd_swarm.core.wire import ALL_FRAMES, Frame, PeerInfo, encode
 from solyd_swarm.simulation.network import Network
 from solyd_swarm.simulation.peer import Peer
@@ -126,7 +127,7 @@ def assert_bounded(peer: Peer) -> None:
     assert overlay.log.bytes <= 3_000_000
     assert len(overlay.log._by_birth) <= 2 * len(overlay.log) + 1024
     assert overlay.sequencer._waiting_bytes == sum(
-        envelope.size for stream in overlay.sequencer._streams.values() for envelope, _ in stream.waiting.values()
+        envelope.size + OVERHEAD for stream in overlay.sequencer._streams.values() for envelope, _, _ in stream.waiting.values()
     )
     assert not overlay._out
 

@@ -14,6 +14,7 @@ from solyd_swarm.core.catchup import MUCH, CatchUp
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log
+from solyd_swarm.core.ordered import ID_SIZE
 from solyd_swarm.core.pulling import AntiEntropyConfig, Puller
 from solyd_swarm.core.reconcile import Negentropy
 from solyd_swarm.core.wire import Done, Frame, Gone, Have, InSync, Proof, Pull, Reconcile, Summary, encode
@@ -25,6 +26,8 @@ FOLLOWED = -1
 """Stands for a round that the other side led."""
 MAX_OPENED = 4
 """Rounds of ours on one link that may be without an answer: bounds a peer that never answers. The oldest are forgotten."""
+OFFER_RATE = 1024 * 1024
+"""Bytes of ids a second that a peer may have us offer: bounds one that says again and again that it holds nothing."""
 FEWER = 16
 """The side with this many items fewer leads: being told of ids costs their 32 bytes each, and asking for a run of them next to
 nothing, while whoever leads with more has to offer them one by one. For fewer the time of one more message is not worth it."""
@@ -48,6 +51,7 @@ class _Session:
         "asked_at",
         "done_round",
         "done_through",
+        "lead_from",
         "lead_round",
         "lead_through",
         "negentropy",
@@ -62,6 +66,7 @@ class _Session:
     def __init__(self) -> None:
         self.opened: dict[int, _Opened] = {}
         self.negentropy: Negentropy | None = None  # while we lead a conversation
+        self.lead_from = float("-inf")  # when we may lead the next conversation
         self.lead_round = 0
         self.lead_through = 0
         self.step = 0  # of the conversation: its queries are numbered, and so are their answers
@@ -146,12 +151,10 @@ class AntiEntropy:
         peer = self._catchup.peer
         if not peer:
             return False
-        session = self._sessions.get(peer)
-        asked_at = session.asked_at if session is not None else 0.0
-        return self._catchup.is_busy(now, max(asked_at, self.pulls.progress_at(peer)))
+        return self._catchup.is_busy(now, self.pulls.fed_at(peer))
 
     def _others_turn(self, now: float) -> None:
-        for peer in self._catchup.end():
+        for peer in self._catchup.end(now):
             if peer in self._links:
                 self.open_round(self._links[peer], now)
 
@@ -204,15 +207,19 @@ class AntiEntropy:
             return  # we lead a conversation with this peer already
         count = len(self._log.items)
         if count > frame.count + FEWER:
-            if not session.opened:  # else it has our summary, or will soon have
+            waits = any(opened.at is not None and opened.tries < self.config.retries for opened in session.opened.values())
+            if not waits:  # else it has our summary, or will soon have
                 self.open_round(link, now)
             return
+        much = frame.count > count + MUCH
+        if now < session.lead_from or (much and not self._catchup.may_begin(link.peer, now)):
+            return  # it will ask again
         for opened in session.opened.values():
             opened.at = None  # no answer to these will come: we lead
         if abs(frame.count - count) > MUCH and self._is_catching_up(now):
             self._catchup.put_off(link.peer)
             return
-        if frame.count > count + MUCH:
+        if much:
             self._catchup.begin(link.peer, now)
         session.negentropy = Negentropy(self.config.frame_size_limit, items=self._log.items, rng=self._rng)
         session.lead_round, session.lead_through = frame.round, self._published()
@@ -259,6 +266,7 @@ class AntiEntropy:
             link.round_trip.sample(now - session.asked_at)
         result = session.negentropy.reconcile(frame.message)
         self.pulls.offer(link, result.have, now)
+        session.lead_from = max(now, session.lead_from) + ID_SIZE * len(result.have) / OFFER_RATE
         self.pulls.enqueue(link, result.runs, now, soon=not session.settled)
         if result.reply is not None:
             session.paused = result.reply

@@ -3,11 +3,11 @@
 Leitao, Pereira, Rodrigues: Epidemic Broadcast Trees, SRDS 2007, section 3; the names are the paper's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from solyd_swarm.core.doubts import Doubts
+from solyd_swarm.core.doubts import DIVIDED_AGE, Doubts
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log, Record
@@ -74,6 +74,10 @@ class _Missing:
         self.due = due
         self.tries = 0
         self.asked: list[bytes] = []
+
+    def is_of_the_tree(self, record: Record) -> bool:
+        """Whether it was to come over the tree. What was caught up on elsewhere is only announced, and is of age by then."""
+        return self.heard_at - record.born < DIVIDED_AGE
 
 
 class Broadcast:
@@ -149,12 +153,12 @@ class Broadcast:
         assert envelope is not None
         return encode(Gossip(self._log.age_ms(record, now), record.hops, envelope.body, envelope.signature))
 
-    def flush_own(self, now: float) -> None:
-        """We leave: what was to be announced of our own is pushed, for nobody could ask us for it any more."""
+    def flush_own(self, now: float, also: Collection[bytes] = ()) -> None:
+        """We leave: what was to be announced of our own, and of these, is pushed, for nobody could ask us for it any more."""
         for peer, queue in self._lazy.items():
             for id, _ in queue if peer in self._active else ():
                 record = self._log.get(id)
-                if record is not None and self._own_first(record):
+                if record is not None and record.envelope is not None and (id in also or self._own_first(record)):
                     self._out.append(Send(peer, self._gossip(record, now)))
         self._lazy.clear()
 
@@ -181,7 +185,10 @@ class Broadcast:
     def accepted(self, link: Link, record: Record, now: float) -> None:
         """An envelope came by Gossip and is new: this link is a good one, unless another is much shorter."""
         missing = self._missing.pop(record.id, None)
-        self._note_failure(missing is not None and link.peer in missing.asked)
+        if missing is None or link.peer not in missing.asked:
+            self._note_failure(False)
+        elif missing.is_of_the_tree(record):
+            self._note_failure(True)
         if missing is not None and link.peer not in missing.asked:
             self._lag.sample(now - missing.heard_at)
             self._longest_lag.sample(now - missing.heard_at)
@@ -242,8 +249,8 @@ class Broadcast:
 
     def fetched(self, id: bytes) -> None:
         """An envelope came by anti-entropy."""
-        missing = self._missing.pop(id, None)
-        if missing is not None and missing.asked:
+        missing, record = self._missing.pop(id, None), self._log.get(id)
+        if missing is not None and missing.asked and record is not None and missing.is_of_the_tree(record):
             self._note_failure(True)
 
     def handle(self, link: Link, frame: Frame, now: float) -> None:
@@ -270,11 +277,15 @@ class Broadcast:
                     self._optimize(link, hops, record, now)
                 continue
             missing = self._missing.get(id)
+            due = now + self._graft_timeout(link)
             if missing is None:
                 if len(self._missing) >= MAX_MISSING:
                     continue
-                missing = self._missing[id] = _Missing(now, now + self._graft_timeout(link))
-                heappush(self._due, (missing.due, id))
+                missing = self._missing[id] = _Missing(now, due)
+                heappush(self._due, (due, id))
+            elif due < missing.due and not missing.asked:  # who is slow to answer must not keep a quicker one waiting
+                missing.due = due
+                heappush(self._due, (due, id))
             # Once each: who announces without end must not take the places of those who have it.
             if len(missing.announcers) < MAX_ANNOUNCERS and all(peer != link.peer for peer, _ in missing.announcers):
                 missing.announcers.append((link.peer, hops))
@@ -334,6 +345,7 @@ class Broadcast:
             return self._lag.timeout(config.graft_timeout, config.graft_timeout_min, config.graft_timeout_max)
         round_trip = link.round_trip.smoothed
         first = config.graft_timeout if round_trip is None else max(config.graft_timeout, GRAFT_HOPS / 2 * round_trip)
+        first = min(first, config.graft_timeout_max)
         return self._longest_lag.timeout(first, config.graft_timeout_min, config.graft_timeout_max)
 
     def _graft_retry(self, link: Link) -> float:

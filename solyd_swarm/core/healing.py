@@ -96,7 +96,10 @@ class Healing:
             known.pop(event.instance or event.addresses, None)
 
     def alone(self, now: float) -> None:
-        """The last neighbour has gone: all the candidates that a view has room for are tried at once."""
+        """The last neighbour has gone: all the members we have a link to, and candidates, that a view has room for are tried at once."""
+        linked = [link for link in self._links.values() if not link.up]
+        for link in self._rng.sample(linked, min(self._membership.config.active_size, len(linked))):
+            self._membership.request(link, now)
         outside = [key for key, candidate in self._candidates.items() if not self._is_linked(*candidate)]
         for key in self._rng.sample(outside, min(self._membership.config.active_size, len(outside))):
             if self._dialled.get(key, now) <= now:

@@ -1,6 +1,6 @@
 """Intake: what becomes of envelopes and proofs that arrive. Verified first, then logged, relayed, and delivered in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from solyd_swarm.core.antientropy import AntiEntropy, check_proof
 from solyd_swarm.core.broadcast import Broadcast
@@ -120,8 +120,16 @@ class Intake:
 
     def let_go(self, now: float) -> None:
         """We leave: what is held goes to the neighbours, who could not ask us for it any more."""
-        for id in self._doubts.release():
+        released = self._doubts.release()
+        for id in released:
             self._pass_on(id, now)
+        self._broadcast.flush_own(now, set(released))
+
+    def told(self, link: Link, ids: Iterable[bytes], now: float) -> None:
+        """A peer offers these: what is held is in doubt no longer if it is a neighbour."""
+        for id in ids if self._doubts and link.up else ():
+            if self._doubts.told(id):
+                self._pass_on(id, now, without=link.peer, lazily=True)
 
     def _take(self, link: Link, id: bytes, frame: Gossip | Transfer, now: float, *, pulled: bool) -> tuple[Record, Envelope] | None:
         """Verifies an envelope and offers it to the log; its record and itself where it is new, to be relayed and delivered."""
@@ -145,10 +153,11 @@ class Intake:
 
     def _deliver_on(self, envelope: Envelope, link: Link, now: float) -> bool:
         review = self._antientropy.traffic(now)
-        had_gap = self._sequencer.has_gap
+        stream = (envelope.author, envelope.epoch)
+        had_gap = self._sequencer.has_gap_in(stream)
         if envelope.author != self._author:
             self.deliver(self._sequencer.accept(envelope, link.peer, self._expected, now))
-        if self._sequencer.has_gap and not had_gap:
+        if not had_gap and self._sequencer.has_gap_in(stream):
             review = True
             if link.up:
                 self._antientropy.open_round(link, now)

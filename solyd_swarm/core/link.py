@@ -42,6 +42,7 @@ class Link:
         "gain",
         "info",
         "initiated",
+        "joined_at",
         "overflow",
         "parted_at",
         "peer",
@@ -65,6 +66,7 @@ class Link:
         self.pruned_at = float("-inf")
         self.divided = False  # one end has had messages that the other lacked for so long that no common neighbour told it
         self.gain = 0.0  # hops by which its announcements were shorter than the tree, smoothed
+        self.joined_at = float("-inf")  # when a Join of it last set off walks
         self.parted_at = 0.0  # when it left the active view, or we last told the peer that it is not in it
         self.round_trip = RoundTrip()
         self.served = 0  # bytes of bodies and digests that the frames at hand have asked for

@@ -22,6 +22,9 @@ DEFAULT_WINDOW = 600.0
 DEFAULT_BYTES = 64 * 1024 * 1024
 MAX_IDS = 262_144
 """Bounds a flood of small envelopes. The oldest ids go first, and `max_age` says below which age we ask for nothing."""
+MAX_HEARSAY = MAX_IDS // 2
+"""Of these, ids known by hearsay only, which anybody can make up: they must not take the place of what we hold. As many as a joiner
+is told of, half of all it is told being past the window."""
 MAX_DROPPED = 65_536
 """Ids that expired lately and are not taken back from a peer that still advertises them. The oldest go first."""
 
@@ -276,6 +279,8 @@ class Log:
         while len(self._records) >= MAX_IDS:
             self._floor = max(self._floor, self._by_birth[0][0])
             self._drop_oldest()
+        while record.stream is None and len(self._hearsay) >= MAX_HEARSAY:
+            self._remove(self._records[next(iter(self._hearsay))])
         size = record.bodies_size
         while self._bodies and self.bytes + size > self.max_bytes:
             self._drop_body(heappop(self._bodies)[-1])

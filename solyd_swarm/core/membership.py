@@ -2,8 +2,9 @@
 
 Leitao, Pereira, Rodrigues: HyParView, DSN 2007, section 4; the names are the paper's. Three things differ, because joins
 here come in bursts and views are tiny: a peer that already has neighbours asks for a place instead of pushing someone out
-(only Join and high priority do that); whoever is pushed out or refused is told of others to turn to; and free places in
-the active view are filled from the passive view, not only those of failed neighbours.
+(only Join and high priority do that, and who has few and is refused everywhere asks with high priority, too); whoever is pushed
+out or refused is told of others to turn to; and free places in the active view are filled from the passive view, not only those
+of failed neighbours.
 """
 
 import random
@@ -33,6 +34,10 @@ MAX_SHUFFLE_ROUTES = 256
 
 MAX_RESTS = 256
 """Peers whose links failed lately and that are not dialled again at once: bounds peers that connect and hang up. The oldest go."""
+
+
+STUCK_PAUSES = 8
+"""The pause between two tries to fill the active view has doubled three times: for some seven intervals nobody had room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,14 @@ class Membership:
         """Whether the active view has a free place."""
         return len(self.active) < self.config.active_size
 
+    @property
+    def _is_stuck(self) -> bool:
+        """Whether we have few neighbours, and nobody has had room for a while: the few may be all of a part that is cut off.
+
+        Who makes room was full, and so is not stuck afterwards: there are ever fewer that are.
+        """
+        return 2 * len(self.active) < self.config.active_size and self._fill_pause >= STUCK_PAUSES * self.config.fill_interval
+
     # -- links ------------------------------------------------------------------------------------------------
 
     def link_up(self, link: Link, now: float) -> None:
@@ -125,6 +138,7 @@ class Membership:
         """Asks for a place in the peer's active view: by Join where we are alone."""
         if link.peer in self.active or link.peer in self._requests:
             return
+        high = high or self._is_stuck
         if self.active and not high and len(self.active) + len(self._requests) >= self.config.active_size:
             self._remember(link.info, b"")
             return
@@ -163,9 +177,11 @@ class Membership:
         """One membership frame of a peer."""
         match frame:
             case Join():
-                is_news = link.peer not in self.active
+                # A Join repeated must not set off walks again and again, nor one after each goodbye.
+                is_news = link.peer not in self.active and now >= link.joined_at + self.config.part_pause
                 self._accept(link)
-                if is_news:  # a Join repeated must not set off walks again and again
+                if is_news:
+                    link.joined_at = now
                     self._forward_join(link)
             case ForwardJoin() | Shuffle() | ShuffleReply() if not link.up:
                 pass  # walks go from neighbour to neighbour; it was one until a moment ago
@@ -368,7 +384,7 @@ class Membership:
             self._next_shuffle = now + self.config.shuffle_interval * (0.5 + self._rng.random())
             self._shuffle()
         if self._next_mix is None:
-            self._next_mix = now + self._mix_pause * (0.5 + self._rng.random())
+            self._next_mix = now + self._mix_pause * (0.5 + self._rng.random()) if self.config.mixes else inf
         elif self._next_mix <= now:
             self._mixes += 1
             self._mix_pause *= 2

@@ -206,7 +206,6 @@ class Overlay:
                 self._congested(event.peer, False)
             case Quit():
                 self.intake.let_go(now)
-                self.broadcast.flush_own(now)
                 for peer in self._links:
                     self._out.append(Send(peer, wire.encode(wire.Leave())))
                 self.closed = True
@@ -297,7 +296,10 @@ class Overlay:
             case wire.Ack():
                 if not link.acked(frame.count):
                     raise RemoteProtocolError("an acknowledgement of more than was sent")
-            case wire.Summary() | wire.InSync() | wire.Reconcile() | wire.Have() | wire.Done() | wire.Pull() | wire.Gone():
+            case wire.Have():
+                self.intake.told(link, frame.ids, now)
+                self.antientropy.handle(link, frame, now)
+            case wire.Summary() | wire.InSync() | wire.Reconcile() | wire.Done() | wire.Pull() | wire.Gone():
                 self.antientropy.handle(link, frame, now)
             case wire.Leave():
                 self._link_down(link.peer, "left", now, failed=False)

@@ -1,8 +1,9 @@
 """Pulling: fetching from a peer what a digest round, or an offer of its own, showed it to hold and us to lack.
 
-Each id is asked of one peer at a time. No answer of one peer keeps us from asking another: not that it has never heard of the
-id, not silence, and that a body is gone is believed only when it was said twice, by two peers or by one after a while. Even then
-all other neighbours are asked, and new ones, for what we would still want: members without replay have no bodies of what others hold.
+Each id is asked of one peer at a time. No answer of one peer keeps us from asking another: not that it has never heard of the id,
+not silence, not answers to what it was asked later, and that a body is gone is believed only when it was said twice, by two peers
+or by one after a while. Even then all other neighbours are asked, and new ones, for what we would still want: members without
+replay have no bodies of what others hold.
 """
 
 from collections import OrderedDict
@@ -64,14 +65,15 @@ class AntiEntropyConfig:
 class _Queue:
     """What is to be pulled from one peer."""
 
-    __slots__ = ("asked", "complete", "failures", "progress_at", "refused", "size", "todo")
+    __slots__ = ("asked", "complete", "failures", "fed_at", "progress_at", "refused", "size", "todo")
 
     def __init__(self) -> None:
         self.todo: OrderedDict[bytes, tuple[float, int]] = OrderedDict()  # to be pulled, from when on; the number of its run
-        self.asked: dict[bytes, None] = {}  # pulled, not answered yet
+        self.asked: dict[bytes, float] = {}  # pulled, not answered yet; since when, the oldest first
         self.refused: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()  # until when; whether it was silent rather than said so
         self.complete = True
-        self.progress_at = 0.0
+        self.progress_at = 0.0  # when it last answered what it was asked first, or was asked after it had answered all
+        self.fed_at = float("-inf")  # when a body came
         self.failures = 0  # how often it was given up since its last answer
         self.size = 1024.0  # of its bodies, smoothed
 
@@ -122,15 +124,10 @@ class Puller:
         queue = self._queues.get(link.peer)
         return queue is None or not (queue.asked or queue.todo)
 
-    def is_low(self, link: Link) -> bool:
-        """Whether little is left to be pulled from this peer."""
-        queue = self._queues.get(link.peer)
-        return queue is None or len(queue.todo) <= LOW_QUEUE
-
-    def progress_at(self, peer: bytes) -> float:
-        """When this peer last answered, or was asked after it had answered all."""
+    def fed_at(self, peer: bytes) -> float:
+        """When this peer last gave a body that we had asked it for."""
         queue = self._queues.get(peer)
-        return float("-inf") if queue is None else queue.progress_at
+        return float("-inf") if queue is None else queue.fed_at
 
     def take_complete(self, link: Link) -> bool:
         """Whether all that was found missing since the last call was asked for and answered."""
@@ -180,9 +177,11 @@ class Puller:
     def pull_on(self, link: Link, now: float) -> None:
         """Asks for the next batch that is due."""
         queue = self._queue(link)
+        was_idle = not queue.asked
         batch = self._next_batch(link, queue, now)
         if batch:
-            queue.progress_at = now
+            if was_idle:
+                queue.progress_at = now
             ids = [id for run in batch if len(run) <= SHORT_RUN for id in run]
             runs = [(run[0], run[-1]) for run in batch if len(run) > SHORT_RUN]
             self._out.append(Send(link.peer, encode(Pull(ids, max(0, int(self._accept_age(now) * 1000)), runs))))
@@ -207,7 +206,7 @@ class Puller:
                 last = 0
             else:
                 self._pulling[id] = link.peer
-                queue.asked[id] = None
+                queue.asked[id] = now
                 if run == last:
                     batch[-1].append(id)
                 else:
@@ -216,10 +215,12 @@ class Puller:
         return batch
 
     def _answered(self, queue: _Queue, id: bytes, now: float) -> None:
+        # What was asked first is answered first: who answers anything else only must not keep that to itself.
+        if queue.asked[id] == next(iter(queue.asked.values())):
+            queue.progress_at = now
+            queue.failures = 0
         del queue.asked[id]
         self._pulling.pop(id, None)
-        queue.progress_at = now
-        queue.failures = 0
 
     def answered(self, link: Link, id: bytes, now: float, size: int = 0) -> bool:
         """An id that we pulled has been answered, by whatever frame. True if the peer owes us nothing for the moment.
@@ -232,6 +233,7 @@ class Puller:
             return False
         self._answered(queue, id, now)
         if size:
+            queue.fed_at = now
             queue.size += (size - queue.size) / 8
         if len(queue.asked) <= queue.batch(self.config.pull_batch) // 2:
             self.pull_on(link, now)
@@ -285,7 +287,8 @@ class Puller:
                 break
             record = self._log.get(id)
             age = 0 if record is None else self._log.age_ms(record, now)
-            link.divided |= age > 1000 * DIVIDED_AGE
+            # What we know by hearsay says nothing: anybody can make that up.
+            link.divided |= age > 1000 * DIVIDED_AGE and record is not None and record.stream is not None
             if record is None:
                 self._send(link, Gone(id, False, 0, 0))
             elif not record.bodies_size or (record.proof is None and age > frame.max_age):
@@ -332,8 +335,6 @@ class Puller:
             part = ids[start : start + MAX_BATCH]
             for id in part:
                 link.note_sent(self._own_first(id), owed=True)
-                record = self._log.get(id)
-                link.divided |= record is not None and now - record.born > DIVIDED_AGE
             self._send(link, Have(part))
 
     # -- time -------------------------------------------------------------------------------------------------
@@ -372,7 +373,9 @@ class Puller:
     def _give_up_at(self, peer: bytes, queue: _Queue) -> float:
         config = self.config
         patience = self._links[peer].round_trip.timeout(config.patience, config.patience_min, config.patience)
-        return queue.progress_at + min(patience * float(2**queue.failures), config.patience_max)
+        patience = min(patience * (1 << min(queue.failures, 16)), config.patience_max)
+        # However well it gets on: a whole batch takes no longer on any line that is of use.
+        return min(queue.progress_at + patience, next(iter(queue.asked.values())) + config.patience_max)
 
     def _release(self, queue: _Queue) -> None:
         for id in queue.asked:
