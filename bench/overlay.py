@@ -36,8 +36,7 @@ Results of the simulator
 
 What ``python bench/overlay.py`` measured, one table per scenario. The figures, the network and its limits are
 described in `simulation.rst <simulation.rst>`_. Each table can be had again with the command above it: figures
-depend on the seed alone, but for the time a run takes and the memory it needs. The long ones are not run anew for
-every change of the code, so that last digits may differ.
+depend on the seed alone, but for the time a run takes and the memory it needs.
 """
 
 

@@ -241,10 +241,10 @@ def test_an_id_that_is_said_to_be_gone_enters_the_digest_and_gives_way_to_the_en
     assert (77, make().id) in log.items
     assert log.holds(make().id)
     assert not log.witnessed(make().id)
-    assert log.hearsay(5) == [make().id]
+    assert log.hearsay(5, 0.0) == [make().id]
     assert log.add(make(), 2.0, 0, 5.0) is Outcome.ACCEPTED
     assert list(log.items) == [(1, make().id)]
-    assert log.hearsay(5) == []
+    assert log.hearsay(5, 0.0) == []
 
 
 def test_expired_hearsay_does_not_keep_the_envelope_out() -> None:

@@ -169,6 +169,22 @@ def test_who_is_late_with_its_answers_does_not_delay_what_another_announces(seed
     assert net.run_until(lambda: bool(quick.heard_of(wire.Graft)), 2.0)
 
 
+def test_what_no_neighbour_keeps_is_had_from_somebody_else(seed: int) -> None:
+    """Members without replay know what was published before they came, and have none of it to give."""
+    config = OverlayConfig(membership=MembershipConfig(active_size=2, mixes=0))
+    net = Network(seed)
+    holder = net.add_peer()
+    publish(net, holder, 20)
+    without = [net.add_peer(config=OverlayConfig(replay=False)) for _ in range(12)]
+    for peer in without:
+        net.discover(peer, holder)
+    net.run(60.0)
+    joiner = net.add_peer(config=config)
+    for peer in without[:2]:
+        net.discover(joiner, peer)
+    assert net.run_until(lambda: len(joiner.messages) == 20, 60.0)
+
+
 # -- divisions that there are not ---------------------------------------------------------------------------------
 
 
@@ -194,7 +210,7 @@ def test_ids_without_bodies_do_not_make_a_swarm_believe_that_it_is_divided(seed:
         net.run(5.0)
         if peers[0].id not in puppet.peer.links:
             puppet.connect(peers[0], join=False)
-    assert any(peer.overlay.log.hearsay(100) for peer in peers[1:])  # it has got about
+    assert any(peer.overlay.log.hearsay(100, 0.0) for peer in peers[1:])  # it has got about
     assert sum(len(peer.neighbor_downs) for peer in peers) - before <= 2
 
 

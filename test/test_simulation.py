@@ -149,9 +149,10 @@ def test_who_must_have_a_message_and_who_misses_it() -> None:
     [
         ({"peers": 1}, "peers"),
         ({"peers": 10_000_000}, "peers"),
-        ({"messages": 0}, "message"),
-        ({"warmup": -1}, "message"),
-        ({"size": 0}, "byte"),
+        ({"messages": 0}, "messages"),
+        ({"warmup": -1}, "warmup"),
+        ({"size": 0}, "size"),
+        ({"size": 17_000_000}, "size"),
         ({"senders": 0}, "senders"),
         ({"peers": 10, "senders": 11}, "senders"),
         ({"fail": 0.96}, "fail"),
@@ -160,16 +161,25 @@ def test_who_must_have_a_message_and_who_misses_it() -> None:
         ({"churn": float("nan")}, "churn"),
         ({"latency": (5.0, 1.0)}, "latency"),
         ({"latency": (-1.0, 1.0)}, "latency"),
-        ({"jitter": -1.0}, "latency"),
+        ({"latency": (1.0, float("inf"))}, "latency"),
+        ({"latency": (float("nan"), 1.0)}, "latency"),
+        ({"jitter": -1.0}, "jitter"),
         ({"interval": -1.0}, "interval"),
+        ({"interval": float("inf")}, "interval"),
+        ({"settle": float("nan")}, "settle"),
         ({"partition": -1.0}, "partition"),
         ({"drain": -1.0}, "drain"),
         ({"join": "queue"}, "join"),
     ],
 )
 def test_wrong_parameters_are_named(wrong: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=f"^{named} must be "):
         Parameters(**wrong)
+
+
+def test_a_bound_that_is_crossed_is_the_one_that_is_told() -> None:
+    with pytest.raises(ValueError, match=r"^peers must be from 2 to 1,000,000, not 2000000$"):
+        Parameters(peers=2_000_000)
 
 
 def test_latencies() -> None:
@@ -177,9 +187,26 @@ def test_latencies() -> None:
     assert parse_latency("wan") == LATENCIES["wan"]
     assert parse_latency("5-20.5") == (5.0, 20.5)
     assert parse_latency("3") == (3.0, 3.0)
-    for wrong in ("", "moon", "1-", "-1", "1-2-3", "1ms"):
+    for wrong in ("", "moon", "1-", "-1", "1-2-3", "1ms", "1-inf", "nan"):
         with pytest.raises(ValueError, match="lan, wan or MIN-MAX"):
             parse_latency(wrong)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 20.0])
+def test_time_in_slices_is_the_same_time(seconds: float) -> None:
+    ends = []
+    shares: list[float] = []
+    for slices in (False, True):
+        run = experiment.prepare(Parameters(peers=20))
+        experiment.form(run)
+        if slices:
+            experiment.let_pass(run.net, seconds, shares.append)
+        else:
+            run.net.run(seconds)
+        ends.append((run.net.now, run.net.events, run.net.rng.random(), run.net.frames_by_type))
+    assert ends[0] == ends[1]
+    assert shares == sorted(shares)
+    assert len(shares) > 10
 
 
 @pytest.mark.parametrize("join", JOINS)

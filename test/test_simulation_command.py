@@ -33,7 +33,7 @@ SMALL = ("--peers", "20", "--messages", "5", "--warmup", "2", "--settle", "5")
 
 
 def result(seed: int, **found: Any) -> seeds.Result:
-    return seeds.Result(seed, found, Outcome(), [], {}, 2.0, 2**20)
+    return seeds.Result(seed, found, Outcome(), [], 2.0, 2**20)
 
 
 def test_figures_of_many_seeds_make_one() -> None:
@@ -56,10 +56,32 @@ def test_figures_of_many_seeds_make_one() -> None:
 
 def test_every_figure_of_a_run_has_its_place() -> None:
     """In the table, and in what several seeds make."""
-    found = experiment.report(experiment.perform(Parameters(peers=5, messages=2)))
-    shown = {key.partition(".")[0] for _, key, *_ in tables.LINES}
+    found = seeds.perform_one(seeds.Task(Parameters(peers=5, messages=2)), 1).figures
+    shown = {key.partition(".")[0] for _, key, *_ in tables.LINES} | {key for _, key, _ in tables.DISTRIBUTIONS}
     assert set(found) - {"parameters"} == set(figures.AGGREGATES)
-    assert set(found) - {"parameters", "in_degree", "events"} == shown
+    assert set(found) - {"parameters", "events"} == shown
+    assert sum(found["ldh_distribution"].values()) == 2
+    assert max(map(int, found["ldh_distribution"])) == found["ldh"]["max"]
+
+
+def test_distributions_are_summed_in_the_order_of_their_numbers() -> None:
+    assert list(figures.histogram([{"9": 1, "11": 2}, {"2": 3, "11": 4}]).items()) == [("2", 3), ("9", 1), ("11", 6)]
+
+
+def test_many_seeds_of_a_scenario_have_all_names() -> None:
+    task = seeds.Task(scenario="star-join", size=8)
+    single = figures.as_object(task, [result(1, events=100)])
+    several = figures.as_object(task, [result(1, events=100, rmr=1.0), result(2, events=300)])
+    for found in (single, several):
+        assert {"parameters", "events_per_second", *figures.ALWAYS} <= set(found)
+        assert found["parameters"] == {"scenario": "star-join", "size": 8, "seed": 1}
+        assert (found["scenario"], found["size"], found["rmr"]) == ("star-join", 8, None)
+    assert several["events"] == 400
+
+
+def test_no_json_is_made_of_what_json_has_no_number_for() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        figures.as_json(seeds.Task(), [result(1, events=1, rmr=float("inf"))])
 
 
 def test_events_per_second_leave_waiting_out() -> None:
@@ -120,8 +142,9 @@ def test_the_text() -> None:
     assert errors == ""
     lines = output.splitlines()
     assert lines[0] == "20 peers, 5 messages of 100 bytes by one sender, seed 1"
-    for what, key, *_ in tables.LINES:
+    for what, key, *_ in (*tables.LINES, *tables.DISTRIBUTIONS):
         assert any(each.startswith(f"  {what}  ") for each in lines), key
+    assert re.search(r"\n  in-degree +\d+: \d+.* neighbours: peers\n  LDH +\d+: \d.* hops: messages\n", output)
     values = [re.split(" {2,}", each.strip()) for each in lines[2:] if each]
     assert {len(row) for row in values} == {3}  # every figure has a unit
     assert [row[0] for row in values[-5:]] == ["time taken", "events simulated", "pace", "cost", "peak memory"]
@@ -172,6 +195,8 @@ def test_the_text_of_many_seeds() -> None:
     output, _ = run(*SMALL, "--repeat", "2", "--jobs", "2")
     assert "seeds 1 to 2" in output
     assert re.search(r"\n  RMR +[\d.]+  mean +[\d.]+ +[\d.]+  surplus", output)
+    (in_degree,) = re.findall(r"\n  in-degree +(.*)  neighbours: peers\n", output)
+    assert sum(int(each.partition(": ")[2]) for each in in_degree.split(", ")) == 2 * 20
 
 
 def test_a_promise_that_is_not_kept_is_told() -> None:
@@ -187,31 +212,46 @@ def test_a_promise_that_is_not_kept_is_told() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--loss", "1"), "loss"),
-        (("--loss", "nan"), "--loss"),
-        (("--fail", "0.96"), "fail"),
-        (("--peers", "ten"), "--peers"),
-        (("--peers", "1"), "peers"),
-        (("--senders", "101"), "senders"),
-        (("--latency", "moon"), "lan, wan or MIN-MAX"),
-        (("--latency", "1-inf"), "lan, wan or MIN-MAX"),
-        (("--interval", "inf"), "--interval"),
-        (("--join", "queue"), "join"),
-        (("--size", "17000000"), "--size"),
+        (("--loss", "1"), "--loss must be from 0 to 0.9, not 1.0"),
+        (("--loss", "nan"), "--loss: must be a finite number"),
+        (("--fail", "0.96"), "--fail must be from 0 to 0.95, not 0.96"),
+        (("--peers", "ten"), "--peers: must be a whole number"),
+        (("--peers", "1"), "--peers must be from 2 to 1,000,000, not 1;"),
+        (("--peers", "2000000"), "--peers must be from 2 to 1,000,000, not 2000000"),
+        (("--senders", "101"), "--senders must be from 1 to the number of peers, 100, not 101"),
+        (("--latency", "moon"), "--latency: must be lan, wan or MIN-MAX"),
+        (("--latency", "1-inf"), "--latency: must be lan, wan or MIN-MAX"),
+        (("--latency", "5-1"), "--latency must be MIN-MAX milliseconds, 0 <= MIN <= MAX, not 5-1"),
+        (("--jitter", "-1"), "--jitter must be at least 0, not -1"),
+        (("--warmup", "-1"), "--warmup must be at least 0, not -1"),
+        (("--messages", "0"), "--messages must be at least 1, not 0"),
+        (("--interval", "inf"), "--interval: must be a finite number"),
+        (("--join", "queue"), "--join must be one of star,"),
+        (("--size", "17000000"), "--size must be from 1 to "),
         (("--repeat", "0"), "--repeat"),
+        (("--repeat", "1" + 30 * "0"), "--repeat"),
         (("--jobs", "0"), "--jobs"),
         (("--seed", "-1"), "--seed"),
         (("--json", "/nowhere/at/all"), "--json"),
+        (("--json", 300 * "n"), "--json"),
+        (("--json", "/"), "--json"),
+        (("--json", ""), "--json needs the name of a file"),
+        (("--plot", ""), "--plot needs the name of a file"),
+        (("--json", "chart.svg", "--plot", "./chart.svg"), "--json and --plot"),
         (("--plot", "chart.docx"), "--plot"),
         (("--full",), "--full"),
         (("--mess", "3"), "--mess"),
         (("--scenario", "nothing"), "nothing"),
         (("--scenario", "list", "--seed", "3"), "--scenario list"),
         (("--scenario", "plumtree-rmr", "--loss", "0.1", "--no-antientropy"), "--loss, --no-antientropy"),
-        (("--scenario", "plumtree-rmr", "--peers", "1"), "peers"),
+        (("--scenario", "plumtree-rmr", "--peers", "1"), "--peers: plumtree-rmr needs a size of at least 2, not 1"),
+        (("--scenario", "plumtree-rmr", "--peers", "2000000"), "--peers must be from 2 to 1,000,000"),
     ],
 )
-def test_bad_usage_is_one_line(arguments: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_is_one_line(
+    arguments: tuple[str, ...], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         commands.main(arguments)
     assert caught.value.code == 2
@@ -220,6 +260,35 @@ def test_bad_usage_is_one_line(arguments: tuple[str, ...], named: str, capsys: p
     assert errors.startswith("python -m solyd_swarm.simulation: ")
     assert errors.count("\n") == 1
     assert named in errors
+
+
+def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:
+    new, old, link = tmp_path / "new", tmp_path / "old", tmp_path / "link"
+    old.write_text("of an earlier run")
+    link.symlink_to(tmp_path / "pointed at")
+    for path in (new, old, link):
+        commands._check_place(str(path))
+    assert sorted(tmp_path.iterdir()) == [link, old]
+    assert old.read_text() == "of an earlier run"
+    with pytest.raises(IsADirectoryError):
+        commands._check_place(f"{new}/")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("options", [SMALL, ("--scenario", "list")])
+def test_a_full_disk_is_told(options: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "solyd_swarm.simulation", *options]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the report cannot be written: No space left" in done.stderr
+
+
+def test_closed_output_is_told_before_a_run() -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "solyd_swarm.simulation", "--peers", "100000"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "standard output is closed" in done.stderr
 
 
 def test_defaults_are_those_of_the_parameters() -> None:
@@ -249,6 +318,8 @@ def test_a_scenario(tmp_path: Path) -> None:
     found = json.loads(path.read_text("utf-8"))
     assert (found["scenario"], found["size"], found["seed"], found["failures"]) == ("plumtree-rmr", 30, 3, [])
     assert found["runs"][0]["rows"][0] == ["missed", "0", "0"]
+    fixed = found["parameters"]
+    assert (fixed["scenario"], fixed["size"], fixed["seed"], fixed["peers"]) == ("plumtree-rmr", 30, 3, 30)
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
@@ -315,6 +386,38 @@ def test_interrupted(jobs: str) -> None:
             for each in family:
                 if each.is_running():
                     each.kill()
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("to_all", [False, True])
+def test_interrupted_in_a_fork(jobs: str, to_all: bool) -> None:
+    with start("--scenario", "hyparview-fig2", "--peers", "200", "--repeat", jobs, "--jobs", jobs) as process:
+        family = [psutil.Process(process.pid)]
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not any(forked(each) for each in family[1:]):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+                family = [family[0], *family[0].children(recursive=True)]
+            if to_all:
+                os.killpg(process.pid, signal.SIGINT)
+            else:
+                process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=PATIENCE)
+            assert (process.returncode, output, errors) == (130, "", "")
+            assert psutil.wait_procs(family[1:], timeout=5.0)[1] == []
+        finally:
+            for each in family:
+                if each.is_running():
+                    each.kill()
+
+
+def forked(process: psutil.Process) -> bool:
+    """Whether it has its parent's command line: it was forked, and started no other program."""
+    try:
+        return bool(process.cmdline() == process.parent().cmdline())
+    except (psutil.Error, AttributeError):
+        return False
 
 
 def is_busy(family: list[psutil.Process], jobs: int) -> bool:

@@ -5,7 +5,7 @@ it, and keeps it when they differ.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from solyd_swarm.core.doubts import DIVIDED_AGE
 from solyd_swarm.core.events import Action, Addresses, Dial, DialFailed, Discovered, LinkUp
@@ -14,6 +14,12 @@ from solyd_swarm.core.membership import Membership
 
 MAX_CANDIDATES = 256
 """Discovered peers outside our views, kept for healing: bounds a poisoned source. A random one goes."""
+
+SEEK_PAUSE = 1.0
+"""Seconds until somebody outside the active view is asked for what all neighbours say is gone: members that keep little, or came
+without replay, may be all of our neighbours."""
+SEEKS = 32
+"""So often, about a passive view; then the pause is doubled each time, up to the interval of healing: anybody can make ids up."""
 
 ASK_PAUSE = 0.5
 """Seconds between two requests for a place, to a peer of another half."""
@@ -29,6 +35,8 @@ class Healing:
         interval: seconds between two tries, about.
         patience: seconds that comparing digests may take.
         open_round: starts a digest round.
+        lacks: whether bodies are wanted that neighbours say are gone.
+        ask: asks a peer for those.
     """
 
     def __init__(
@@ -41,6 +49,8 @@ class Healing:
         interval: float,
         patience: float,
         open_round: Callable[[Link, float], None],
+        lacks: Callable[[float], bool],
+        ask: Callable[[Link, float], None],
     ) -> None:
         self._links = links
         self._membership = membership
@@ -49,6 +59,11 @@ class Healing:
         self._interval = interval
         self._patience = patience
         self._open_round = open_round
+        self._lacks = lacks
+        self._ask = ask
+        self._seeks = 0
+        self._sought: set[bytes] = set()  # of the passive view, asked for it
+        self._next_seek: float | None = None
         self._candidates: dict[Key, tuple[bytes, Addresses]] = {}
         self._tried: dict[Key, float] = {}  # when those of them that were
         self._dialled: dict[Key, float] = {}  # dials on their way, until when nobody need try again
@@ -124,8 +139,10 @@ class Healing:
 
     def _compare(self, link: Link, now: float) -> None:
         self._tried[link.peer] = now
+        self._sought.add(link.peer)
         self._comparing[link.peer] = now + self._patience
         self._open_round(link, now)
+        self._ask(link, now)
 
     def link_down(self, peer: bytes) -> None:
         """The link has gone."""
@@ -174,18 +191,45 @@ class Healing:
             self._comparing = {peer: until for peer, until in self._comparing.items() if until > now}
             self._probes = {key: until for key, until in self._probes.items() if until > now}
             self._try_one(now)
+        times = [self._next]
         if self._wanted:
             self._ask_again(now)
-            return min(self._next, self._next_ask)
-        return self._next
+            times.append(self._next_ask)
+        if self._membership.active and self._lacks(now):
+            times.append(self._seek(now))
+        else:
+            self._next_seek, self._seeks = None, 0
+            self._sought.clear()
+        return min(times)
 
-    def _try_one(self, now: float) -> None:
+    def _seek(self, now: float) -> float:
+        if self._next_seek is None:
+            self._next_seek = now + SEEK_PAUSE
+        elif self._next_seek <= now:
+            self._seeks += 1
+            if len(self._sought) >= MAX_CANDIDATES:
+                self._sought.clear()
+            self._next_seek = now + min(SEEK_PAUSE * (1 << min(max(0, self._seeks - SEEKS), 16)), self._interval)
+            linked = [link for peer, link in self._links.items() if not link.up and peer not in self._sought]
+            if linked:  # somebody who had no place for us
+                self._compare(self._rng.choice(linked), now)
+            elif any(key not in self._tried for key in self._outside()):
+                self._try_one(now)
+            else:
+                self._try_passive(now, self._sought)
+        return self._next_seek
+
+    def _outside(self) -> list[Key]:
+        """The candidates that are no neighbours."""
         active = self._membership.active
-        outside = [
+        return [
             key
             for key, (instance, addresses) in self._candidates.items()
             if instance not in active and (instance or not self._is_linked(instance, addresses))
         ]
+
+    def _try_one(self, now: float) -> None:
+        outside = self._outside()
         if not outside:
             self._try_passive(now)
             return
@@ -202,10 +246,11 @@ class Healing:
             self._probes[key] = now + self._interval
             self._dial(key, instance, addresses, now)
 
-    def _try_passive(self, now: float) -> None:
+    def _try_passive(self, now: float, sought: Collection[bytes] = ()) -> None:
         """Nobody discovered is left to try: then someone of the passive view, lest two halves whose views are full part for good."""
         passive = self._membership.passive
         strangers = [peer for peer, (info, _) in passive.items() if peer not in self._links and info.addresses]
+        strangers = [peer for peer in strangers if peer not in sought] or strangers
         if strangers:
             info, via = passive[self._rng.choice(strangers)]
             self._probes[info.instance] = now + self._interval

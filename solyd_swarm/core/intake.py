@@ -76,9 +76,10 @@ class Intake:
     def transfer(self, link: Link, frame: Transfer, now: float) -> bool:
         """What we pulled. Whether deadlines may have changed."""
         id = envelope_id(frame.body)
+        is_news = self._log.get(id) is None
         taken = None if self._log.witnessed(id) else self._take(link, id, frame, now, pulled=True)
         link.note_received(id, True, matters=self._log.may_be_by(id, link.author))
-        link.divided |= taken is not None and frame.age > 1000 * DIVIDED_AGE
+        link.divided |= is_news and taken is not None and frame.age > 1000 * DIVIDED_AGE
         announced = self._broadcast.is_announced(id)
         self._broadcast.fetched(id)
         review = False

@@ -18,7 +18,9 @@ from solyd_swarm.core.ledger import Ledger
 from solyd_swarm.core.reconcile import ItemSet
 from solyd_swarm.core.wire import MAX_AGE
 
+# Ten minutes: a laptop that sleeps for a moment, or a script that is edited and started again, misses nothing.
 DEFAULT_WINDOW = 600.0
+# What a Raspberry Pi can spare; 100,000 messages of some hundred bytes.
 DEFAULT_BYTES = 64 * 1024 * 1024
 MAX_IDS = 262_144
 """Bounds a flood of small envelopes. The oldest ids go first, and `max_age` says below which age we ask for nothing."""
@@ -142,9 +144,9 @@ class Log:
         record = self._records.get(id)
         return record is None or record.stream is None or record.stream[0] == author
 
-    def hearsay(self, most: int) -> list[bytes]:
-        """Ids known as gone by hearsay only, at most so many, the latest first: somebody may have them yet."""
-        return list(islice(reversed(self._hearsay), most))
+    def hearsay(self, most: int, since: float = float("-inf")) -> list[bytes]:
+        """Ids known as gone by hearsay only, published since then as is said, at most so many, the latest first."""
+        return list(islice((id for id in reversed(self._hearsay) if self._records[id].born >= since), most))
 
     def max_age(self, now: float) -> float:
         """Seconds of age beyond which we want no body."""

@@ -50,6 +50,8 @@ class MembershipConfig:
     passive_random_walk: int = 3
     shuffle_active: int = 3
     shuffle_passive: int = 4
+    # The paper counts in cycles. In ten seconds seven of thirty entries are exchanged, so that a passive view is renewed in well under
+    # a minute, about as fast as discovery tells of newcomers; it is most of what an idle swarm sends.
     shuffle_interval: float = 10.0
     # Filling a free place costs a dial at most: often while a swarm forms, when views change by the second; where nobody
     # has room for us the pause doubles up to the longest.

@@ -139,6 +139,8 @@ class Overlay:
             interval=config.heal_interval,
             patience=config.antientropy.patience,
             open_round=self.antientropy.open_round,
+            lacks=self.antientropy.pulls.lacks,
+            ask=self.antientropy.pulls.ask_again,
         )
         self._now = 0.0
         self._joined_at: float | None = None

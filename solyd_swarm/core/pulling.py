@@ -56,7 +56,8 @@ class AntiEntropyConfig:
     # What one answer carries fills the line; small bodies would let that be very many.
     pull_batch: int = 512
     frame_size_limit: int = 60_000
-    # What a peer did not give is not asked of it again for this long.
+    # What a peer did not give is not asked of it again for this long: it said so, and only a lie or a body that it got since makes it
+    # worth while. As long as it takes until it may say so for the second time.
     refused_ttl: float = 30.0
     # Silence may only mean that it is overloaded, or that the answer was lost: others get their turn, then it is asked again.
     silent_ttl: float = 2.0
@@ -111,6 +112,7 @@ class Puller:
         self._queues: dict[bytes, _Queue] = {}
         self._pulling: dict[bytes, bytes] = {}  # id -> the peer asked
         self._run = 0
+        self._lacks = False  # whether something may be gone that we would still want
         self._hearsay: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # id -> who said first that it is gone, when
 
     def link_down(self, link: Link) -> None:
@@ -269,13 +271,19 @@ class Puller:
         del self._hearsay[id]
         if self._log.add_gone(id, timestamp, age, now) and age <= self._accept_age(now):
             # It is in our digest from now on: no round will show any more that we lack the body.
+            self._lacks = True
             for other in self._links.values():
                 if other.up and other is not link:
                     self.enqueue(other, [[id]], now, soon=False)
 
     def ask_again(self, link: Link, now: float) -> None:
-        """A new neighbour may have what others said is gone."""
+        """Somebody else may have what others said is gone, and be it because it was too old: that may be a lie, too."""
         self.enqueue(link, ([id] for id in self._log.hearsay(MAX_BATCH)), now, soon=False)
+
+    def lacks(self, now: float) -> bool:
+        """Whether there is something that others said is gone, and that we would still want."""
+        self._lacks = self._lacks and bool(self._log.hearsay(1, now - self._accept_age(now)))
+        return self._lacks
 
     # -- answering --------------------------------------------------------------------------------------------
 

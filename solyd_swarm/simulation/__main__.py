@@ -2,7 +2,9 @@
 
 import sys
 
-from solyd_swarm.simulation.commands import main
-
 if __name__ == "__main__":
+    try:
+        from solyd_swarm.simulation.commands import main
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(main())

@@ -1,13 +1,44 @@
-"""Several futures of one run: forming a large swarm takes longer than what then happens to it."""
+"""Other processes: what they owe the one that started them, and several futures of one run.
+
+Forming a large swarm takes longer than what then happens to it.
+"""
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Processes that are started meanwhile inherit the mask: Ctrl-C, which the terminal sends to them too, is for us to deal with."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """For a child: it ends when its parent does, however that ends, also if it is killed. Nobody wants its result then."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), name="parent's end", daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
 def _child(function: Callable[[], T], pipe: "multiprocessing.connection.Connection") -> None:
+    end_with_parent()
     pipe.send(function())
     pipe.close()
 
@@ -26,13 +57,17 @@ def futures(functions: Sequence[Callable[[], T]]) -> list[T]:
     results: list[T] = []
     for function in functions:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(function, theirs), daemon=False)
-        process.start()
+        process = context.Process(target=_child, args=(function, theirs), daemon=True)
+        with shielded():
+            process.start()
         theirs.close()
         try:
             results.append(ours.recv())
         except EOFError:
             raise RuntimeError("a future of the run has failed") from None
+        except BaseException:
+            process.terminate()
+            raise
         finally:
             ours.close()
             process.join()

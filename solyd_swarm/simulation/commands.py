@@ -13,7 +13,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from solyd_swarm.core.wire import MAX_MESSAGE
 from solyd_swarm.simulation import plot, tables
 from solyd_swarm.simulation.bar import Bar
 from solyd_swarm.simulation.figures import as_json
@@ -24,6 +23,7 @@ from solyd_swarm.simulation.seeds import Result, Task, available, perform_all
 LIST = "list"
 """Stands for the list in the place of a scenario's name."""
 STDOUT = "-"
+MOST_RUNS = 100_000
 FREE_WITH_SCENARIO = {"peers", "seed"}
 """Of the parameters; a scenario fixes all others itself."""
 DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(Parameters)}
@@ -40,19 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; what is still in the buffer must not raise again at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has seen enough
+        _forget_output()
         return 128 + signal.SIGPIPE
+
+
+def _forget_output() -> None:
+    """What is still in the buffer of standard output must not raise again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if sys.stdout is None:
+        parser.error("standard output is closed")
     if arguments.scenario == LIST:
         if arguments != parser.parse_args(["--scenario", LIST]):
             parser.error("--scenario list takes no other option")
-        return _write(tables.scenario_list())
+        return _output(parser, lambda: _write(tables.scenario_list()))
     task, seed = _task(parser, arguments)
     try:
         if arguments.plot is not None:
@@ -61,18 +67,19 @@ def _run(argv: Sequence[str] | None) -> int:
             results = perform_all(task, range(seed, seed + arguments.repeat), arguments.jobs, bar.set)
     except plot.NotPlottableError as error:
         parser.error(str(error))
-    except ValueError as error:
-        # The sizes that a scenario comes with are possible, so with those it is a bug.
-        if not task.scenario or "peers" not in arguments:
-            raise
-        parser.error(f"--scenario {task.scenario} cannot be of size {task.size}: {error}")
     except (BrokenProcessPool, MemoryError) as error:
         return _complain(parser, f"a run ended by itself, most likely for lack of memory ({error})", 1)
+    return _output(parser, lambda: _tell(parser, arguments, task, results))
+
+
+def _output(parser: argparse.ArgumentParser, write: Callable[[], int]) -> int:
     try:
-        return _tell(parser, arguments, task, results)
+        return write()
     except BrokenPipeError:
         raise
     except OSError as error:
+        if error.filename is None:
+            _forget_output()
         return _complain(parser, f"{error.filename or 'the report'} cannot be written: {error.strerror}", 2)
 
 
@@ -111,36 +118,57 @@ def _tell(parser: argparse.ArgumentParser, arguments: argparse.Namespace, task: 
 def _task(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[Task, int]:
     """(what to run, the first seed)."""
     given = {name: getattr(arguments, name) for name in DEFAULTS if name in arguments}
-    for name in ("json", "plot"):
-        path = getattr(arguments, name)
-        if path is not None and (name, path) != ("json", STDOUT):
-            _check_place(parser, f"--{name}", path)
-    try:
-        parameters = Parameters(**{name: value for name, value in given.items() if not arguments.scenario or name in FREE_WITH_SCENARIO})
-    except ValueError as error:
-        parser.error(str(error))
-    if parameters.size > MAX_MESSAGE:
-        parser.error(f"--size must be at most {MAX_MESSAGE}, as in production, not {parameters.size}")
+    _check_places(parser, arguments)
     if arguments.scenario is None:
         if arguments.full:
             parser.error("--full goes with --scenario only")
+        parameters = _parameters(parser, given)
         return Task(parameters), parameters.seed
     refused = sorted(_option(name) for name in given if name not in FREE_WITH_SCENARIO)
     if refused:
         parser.error(f"{', '.join(refused)} cannot be combined with --scenario, which fixes that itself")
     scenario = SCENARIOS[arguments.scenario]
     size = given.get("peers", scenario.full if arguments.full else scenario.small)
-    return Task(scenario=scenario.name, size=size), parameters.seed
+    if size < scenario.least:
+        parser.error(f"--peers: {scenario.name} needs a size of at least {scenario.least}, not {size}")
+    return Task(scenario=scenario.name, size=size), _parameters(parser, given).seed
+
+
+def _parameters(parser: argparse.ArgumentParser, given: dict[str, Any]) -> Parameters:
+    try:
+        return Parameters(**given)
+    except ValueError as error:
+        parser.error(f"--{error}")  # it begins with the parameter's name
 
 
 def _option(name: str) -> str:
     return f"--no-{name}" if DEFAULTS[name] is True else f"--{name}"
 
 
-def _check_place(parser: argparse.ArgumentParser, option: str, path: str) -> None:
-    directory = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(directory) or not os.access(path if os.path.exists(path) else directory, os.W_OK):
-        parser.error(f"{option}: {path!r} cannot be written")
+def _check_places(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """That what is written after a run, which may take long, can be written."""
+    paths = [getattr(arguments, name) for name in ("json", "plot")]
+    for name, path in zip(("json", "plot"), paths, strict=True):
+        if path == "":
+            parser.error(f"--{name} needs the name of a file, not ''")
+        if path is not None and (name, path) != ("json", STDOUT):
+            try:
+                _check_place(path)
+            except OSError as error:
+                parser.error(f"--{name}: {path!r} cannot be written: {error.strerror}")
+    if None not in paths and os.path.realpath(paths[0]) == os.path.realpath(paths[1]):
+        parser.error("--json and --plot must be two files, not one")
+
+
+def _check_place(path: str) -> None:
+    """Leaves everything as it is. Raises `OSError`."""
+    is_there = os.path.exists(path)
+    if is_there and not os.path.isfile(path) and not os.path.isdir(path):
+        return  # whoever reads a pipe would take the opening and closing for all there is
+    # Nothing else can tell: permissions are not all that counts.
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT))
+    if not is_there:
+        os.unlink(os.path.realpath(path))  # of a dangling link, what it points to
 
 
 def _scenario(text: str) -> str:
@@ -155,18 +183,23 @@ def _number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
     return value
 
 
-def _natural(least: int) -> Callable[[str], int]:
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+
+
+def _natural(least: int, most: int | None = None) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        value = _whole(text)
+        if value < least or (most is not None and value > most):
+            wanted = f"at least {least}" if most is None else f"from {least} to {most:,}"
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {value}")
         return value
 
     return convert
@@ -174,12 +207,9 @@ def _natural(least: int) -> Callable[[str], int]:
 
 def _latency(text: str) -> tuple[float, float]:
     try:
-        least, most = parse_latency(text)
+        return parse_latency(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if not (math.isfinite(least) and math.isfinite(most)):
-        raise argparse.ArgumentTypeError(f"latency must be lan, wan or MIN-MAX milliseconds, not {text!r}")
-    return least, most
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     scenarios.add_argument("--full", action="store_true", help="at the size that its published figures are for (--peers N: at that size)")
     runs = parser.add_argument_group("runs and output")
-    runs.add_argument("--repeat", type=_natural(1), default=1, metavar="K", help="runs, with the seeds SEED to SEED + K - 1 (1)")
+    runs.add_argument("--repeat", type=_natural(1, MOST_RUNS), default=1, metavar="K", help="runs, with the seeds SEED to SEED + K - 1 (1)")
     runs.add_argument(
         "--jobs", type=_natural(1), default=available(), metavar="N", help="processes at a time (as many as the machine runs: %(default)s)"
     )
@@ -225,12 +255,12 @@ def _add_parameters(parser: argparse.ArgumentParser) -> None:
         )
 
     latency = next((name for name, value in LATENCIES.items() if value == DEFAULTS["latency"]), "{:g}-{:g}".format(*DEFAULTS["latency"]))
-    add("peers", int, "N", "peers there are from the start")
-    add("messages", int, "N", "messages that are measured")
-    add("senders", int, "N", "peers that publish, in turn")
+    add("peers", _whole, "N", "peers there are from the start; with --scenario its size, which is what --scenario list says")
+    add("messages", _whole, "N", "messages that are measured")
+    add("senders", _whole, "N", "peers that publish, in turn")
     add("interval", _number, "S", "from one message to the next")
-    add("size", int, "BYTES", "of a message")
-    add("warmup", int, "N", "messages before those")
+    add("size", _whole, "BYTES", "of a message")
+    add("warmup", _whole, "N", "messages before those")
     add("fail", _number, "SHARE", "of the peers that die at once, after the warm-up (at most 0.95)")
     add("wait", _number, "S", "from that to the first measured message")
     add("loss", _number, "SHARE", "of all frames that are lost")

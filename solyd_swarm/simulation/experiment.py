@@ -1,5 +1,6 @@
 """One run: form a swarm, let it settle, publish, let things happen to it, and measure."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,6 +19,9 @@ JOIN_PAUSE = 0.002
 """Seconds between two joins, where they come one after the other."""
 GRACE = 5.0
 """Seconds before whoever has no neighbour counts as isolated."""
+
+SLICES = 20
+"""In which a long time passes, so that progress can be told meanwhile."""
 
 Progress = Callable[[float], None]
 """Told which share of the run (0 to 1) is done, about."""
@@ -124,7 +128,7 @@ def fail(run: Run) -> None:
 
 
 def start_churn(run: Run, until: float) -> None:
-    """Replaces peers at an even pace: one dies without a word, a new one comes by a random living one."""
+    """Replaces peers at an even pace: one dies, as its neighbours notice at once, a new one comes by a random living one."""
     net = run.net
     pause = 60.0 / (run.parameters.churn * run.parameters.peers)
 
@@ -156,12 +160,21 @@ def drain(run: Run, seconds: float, *, latecomers: bool = False) -> float | None
         net.run(0.5)
 
 
+def let_pass(net: Network, seconds: float, progress: Progress) -> None:
+    """As `Network.run`, to the very same moment: the last step is so short that its end is exact."""
+    end = net.now + seconds
+    for number in range(1, SLICES):
+        net.run(seconds / SLICES)
+        progress(number / SLICES)
+    net.run(end - net.now)
+
+
 def perform(parameters: Parameters, progress: Progress = lambda share: None) -> Run:
     """The whole run."""
     run = prepare(parameters)
     net = run.net
     form(run, lambda share: progress(0.2 * share))
-    net.run(parameters.settle)
+    let_pass(net, parameters.settle, lambda share: progress(0.2 + 0.2 * share))
     progress(0.4)
     net.loss = parameters.loss
     net.reordering = parameters.loss > 0  # as with datagrams: what was lost keeps nothing waiting
@@ -216,6 +229,7 @@ def report(run: Run) -> dict[str, Any]:
         "components": len(graph.components),
         "rmr": traffic.payload_frames / receivers - 1 if receivers else 0.0,
         "ldh": {"mean": sum(hops) / len(hops), "p99": percentile(hops, 0.99), "max": hops[-1]},
+        "ldh_distribution": {str(hop): count for hop, count in sorted(Counter(each.hops for each in run.measured).items())},
         "latency_ms": {
             "p50": percentile(latencies, 0.5),
             "p99": percentile(latencies, 0.99),

@@ -18,11 +18,12 @@ def worst(values: Sequence[float | None]) -> float | None:
 
 
 def histogram(values: Sequence[dict[str, int]]) -> dict[str, int]:
+    """The sums by number, in the order of the numbers."""
     total: dict[str, int] = {}
     for each in values:
         for name, count in each.items():
             total[name] = total.get(name, 0) + count
-    return total
+    return {name: total[name] for name in sorted(total, key=int)}
 
 
 SPREAD: dict[str, Callable[..., Any]] = {"mean": mean, "p50": mean, "p99": worst, "max": worst}
@@ -36,6 +37,7 @@ AGGREGATES: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "components": worst,
     "rmr": mean,
     "ldh": SPREAD,
+    "ldh_distribution": histogram,
     "latency_ms": SPREAD,
     "seconds_to_complete": worst,
     "in_degree": histogram,
@@ -52,7 +54,7 @@ AGGREGATES: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
 """How the figures of several seeds make one. Those of scenarios that are not named here are given for each seed only."""
 
 ALWAYS = ("reliability", "missed", "duplicates", "isolated", "rmr", "ldh", "latency_ms", "seconds_to_complete", "events")
-"""In every object; None where a scenario does not measure it."""
+"""Of one run or of many; None where a scenario does not measure it."""
 
 
 def aggregate(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -82,11 +84,14 @@ def as_object(task: Task, results: Sequence[Result], *, clock: bool = True) -> d
     described: dict[str, Any] = {"seed": first}
     if task.scenario:
         described |= {"scenario": task.scenario, "size": task.size}
+        # Of one that is a run as any other, what it fixed.
+        described["parameters"] = results[0].figures.get("parameters", {}) | described
     else:
         described["parameters"] = asdict(replace(task.parameters, seed=first))
     if len(results) == 1:
         return _single(task, results[0], clock=clock) | described
-    total = aggregate([each.figures for each in results]) | described
+    total: dict[str, Any] = dict.fromkeys(ALWAYS)
+    total |= aggregate([each.figures for each in results]) | described
     total["repeat"] = len(results)
     total["failures"] = [f"seed {each.seed}: {failure}" for each in results for failure in each.outcome.failures]
     total["runs"] = [_single(task, each, clock=clock) for each in results]
@@ -107,5 +112,5 @@ def _single(task: Task, result: Result, *, clock: bool) -> dict[str, Any]:
 
 
 def as_json(task: Task, results: Sequence[Result], *, clock: bool = True) -> str:
-    """The object as text: keys sorted, floats as Python prints them, a newline at the end."""
-    return json.dumps(as_object(task, results, clock=clock), sort_keys=True, indent=1) + "\n"
+    """The object as text: keys sorted, floats as Python prints them and always finite, a newline at the end."""
+    return json.dumps(as_object(task, results, clock=clock), sort_keys=True, indent=1, allow_nan=False) + "\n"

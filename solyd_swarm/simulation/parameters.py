@@ -1,10 +1,29 @@
 """What a simulated run consists of."""
 
+import math
 from dataclasses import dataclass
+
+from solyd_swarm.core.wire import MAX_MESSAGE
 
 LATENCIES = {"lan": (0.2, 1.0), "wan": (20.0, 150.0)}
 """Milliseconds one way, (least, most) of a pair of peers."""
 JOINS = ("star", "chain", "random", "simultaneous")
+BOUNDS: dict[str, tuple[float, float]] = {
+    "peers": (2, 1_000_000),
+    "messages": (1, math.inf),
+    "interval": (0, math.inf),
+    "size": (1, MAX_MESSAGE),
+    "warmup": (0, math.inf),
+    "fail": (0, 0.95),
+    "wait": (0, math.inf),
+    "loss": (0, 0.9),
+    "jitter": (0, math.inf),
+    "partition": (0, math.inf),
+    "churn": (0, 10),
+    "settle": (0, math.inf),
+    "drain": (0, math.inf),
+}
+"""(least, most), where one does not depend on another; everything is finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +74,16 @@ class Parameters:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` naming what is wrong."""
-        if not 1 < self.peers <= 1_000_000:
-            raise ValueError(f"peers must be at least 2, not {self.peers}")
-        if self.messages < 1 or self.warmup < 0 or self.size < 1:
-            raise ValueError("there must be at least one message, of at least one byte")
+        """Raises `ValueError`, a sentence that begins with the name of what is wrong."""
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most or value == math.inf:
+                wanted = f"from {least} to {most:,}" if most < math.inf else "finite" if value == math.inf else f"at least {least}"
+                raise ValueError(f"{name} must be {wanted}, not {value}")
         if not 1 <= self.senders <= self.peers:
-            raise ValueError(f"senders must be at least 1 and at most the {self.peers} peers, not {self.senders}")
-        for name, most in (("fail", 0.95), ("loss", 0.9), ("churn", 10.0)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be a share from 0 to {most}, not {getattr(self, name)}")
-        if not 0 <= self.latency[0] <= self.latency[1] or self.jitter < 0:
-            raise ValueError(f"latency must be MIN-MAX milliseconds, MIN at most MAX, not {self.latency}")
-        for name in ("interval", "wait", "partition", "settle", "drain"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative")
+            raise ValueError(f"senders must be from 1 to the number of peers, {self.peers:,}, not {self.senders}")
+        if not 0 <= self.latency[0] <= self.latency[1] < math.inf:
+            raise ValueError("latency must be MIN-MAX milliseconds, 0 <= MIN <= MAX, not {:g}-{:g}".format(*self.latency))
         if self.join not in JOINS:
             raise ValueError(f"join must be one of {', '.join(JOINS)}, not {self.join!r}")
 
@@ -80,6 +94,9 @@ def parse_latency(text: str) -> tuple[float, float]:
         return LATENCIES[text]
     least, dash, most = text.partition("-")
     try:
-        return float(least), float(most if dash else least)
+        found = float(least), float(most if dash else least)
     except ValueError:
-        raise ValueError(f"latency must be lan, wan or MIN-MAX milliseconds, not {text!r}") from None
+        found = math.nan, math.nan
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"must be lan, wan or MIN-MAX milliseconds, not {text!r}")
+    return found

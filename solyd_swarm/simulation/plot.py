@@ -74,12 +74,10 @@ def _charts(results: Sequence[Result]) -> list[tuple[str, str, str, Any]]:
     cdfs = {f"seed {each.seed}": each.latency_cdf for each in results if each.latency_cdf}
     if cdfs:
         charts.append(("lines", "latency, ms", "share of deliveries", cdfs))
-    hops = histogram([{str(key): count for key, count in each.hops.items()} for each in results])
-    if hops:
-        charts.append(("bars", "last delivery hop", "messages", _numbered(hops)))
-    in_degree = histogram([each.figures["in_degree"] for each in results if "in_degree" in each.figures])
-    if in_degree:
-        charts.append(("bars", "in-degree", "peers", _numbered(in_degree)))
+    for name, x_label, y_label in (("ldh_distribution", "last delivery hop", "messages"), ("in_degree", "in-degree", "peers")):
+        bars = histogram([each.figures[name] for each in results if name in each.figures])
+        if bars:
+            charts.append(("bars", x_label, y_label, {int(key): count for key, count in bars.items()}))
     curves: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
     for each in results:
         for number, (x_label, y_label, lines) in enumerate(each.outcome.curves):
@@ -88,7 +86,3 @@ def _charts(results: Sequence[Result]) -> list[tuple[str, str, str, Any]]:
                 chart[name if len(results) == 1 else f"{name}, seed {each.seed}"] = points
     charts += [("lines", x_label.lstrip("0123456789"), y_label, lines) for (x_label, y_label), lines in curves.items()]
     return charts
-
-
-def _numbered(bars: dict[str, int]) -> dict[int, int]:
-    return {int(key): bars[key] for key in sorted(bars, key=int)}

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from solyd_swarm.core import wire
+from solyd_swarm.core.envelope import Envelope
 from solyd_swarm.core.events import Deliver
 from solyd_swarm.simulation.network import Network
 from solyd_swarm.simulation.peer import Peer
@@ -94,9 +95,13 @@ class Recorder:
         self.net.publish(peer, *payloads)
         return broadcast
 
+    def of(self, envelope: Envelope) -> Broadcast | None:
+        """What was published as this envelope, if it was through the recorder."""
+        return self._open.get((envelope.author, envelope.epoch, envelope.first))
+
     def _delivered(self, peer: Peer, delivery: Deliver) -> None:
         envelope = delivery.envelope
-        broadcast = self._open.get((envelope.author, envelope.epoch, envelope.first))
+        broadcast = self.of(envelope)
         if broadcast is None:
             self.unexpected += 1
             return
@@ -128,6 +133,10 @@ class Recorder:
             for peer in self.net.peers
             if peer.died is None and peer is not broadcast.author and (latecomers or peer.born <= broadcast.at)
         ]
+
+    def lacks(self, broadcast: Broadcast, peer: Peer) -> bool:
+        """Whether a message has not been delivered to a peer."""
+        return peer.index >= len(broadcast.reached) or not broadcast.reached[peer.index]
 
     def is_complete(self, broadcast: Broadcast, obliged: Iterable[Peer]) -> bool:
         reached = broadcast.reached

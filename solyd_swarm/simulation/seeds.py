@@ -4,17 +4,15 @@ import gc
 import multiprocessing
 import os
 import resource
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import wait as wait_for_end
 from typing import Any
 
+from solyd_swarm.simulation.branches import end_with_parent, shielded
 from solyd_swarm.simulation.experiment import Progress, Run, perform, report
 from solyd_swarm.simulation.parameters import Parameters
 from solyd_swarm.simulation.scenarios import SCENARIOS, Outcome
@@ -41,7 +39,6 @@ class Result:
         figures: of `report`, or those that the scenario gives.
         outcome: rows, failures and curves; empty for a run that is no scenario, but for failures.
         latency_cdf: (milliseconds, share of deliveries that took no longer), rising.
-        hops: how many messages had which last delivery hop.
         seconds: by the wall clock.
         memory: the most bytes that the process ever held, of whatever it ran so far.
     """
@@ -50,7 +47,6 @@ class Result:
     figures: dict[str, Any]
     outcome: Outcome
     latency_cdf: list[tuple[float, float]]
-    hops: dict[int, int]
     seconds: float
     memory: int
 
@@ -61,10 +57,9 @@ def available() -> int:
 
 
 def perform_one(task: Task, seed: int, progress: Progress = lambda share: None) -> Result:
-    """One run, in this process. A `ValueError` says that the scenario is impossible at that size."""
+    """One run, in this process."""
     start = time.perf_counter()
     cdf: list[tuple[float, float]] = []
-    hops: dict[int, int] = {}
     with _no_collector():
         if task.scenario:
             outcome = SCENARIOS[task.scenario].perform(task.size, seed, progress)
@@ -72,8 +67,8 @@ def perform_one(task: Task, seed: int, progress: Progress = lambda share: None) 
         else:
             run = perform(replace(task.parameters, seed=seed), progress)
             figures, outcome = report(run), Outcome(failures=broken_promises(run))
-            cdf, hops = latency_cdf(run), last_hops(run)
-    return Result(seed, figures, outcome, cdf, hops, time.perf_counter() - start, peak_memory())
+            cdf = latency_cdf(run)
+    return Result(seed, figures, outcome, cdf, time.perf_counter() - start, peak_memory())
 
 
 def broken_promises(run: Run) -> list[str]:
@@ -96,14 +91,6 @@ def latency_cdf(run: Run) -> list[tuple[float, float]]:
     latencies = sorted(1000 * latency for each in run.measured for latency in each.latencies)
     ranks = sorted({max(1, len(latencies) * point // CDF_POINTS) for point in range(CDF_POINTS + 1)}) if latencies else []
     return [(latencies[rank - 1], rank / len(latencies)) for rank in ranks]
-
-
-def last_hops(run: Run) -> dict[int, int]:
-    """How many messages had which last delivery hop."""
-    counts: dict[int, int] = {}
-    for each in run.measured:
-        counts[each.hops] = counts.get(each.hops, 0) + 1
-    return dict(sorted(counts.items()))
 
 
 @contextmanager
@@ -155,12 +142,8 @@ def _spread(task: Task, seeds: Sequence[int], jobs: int, progress: Progress) -> 
     shares = context.RawArray("d", len(seeds))
     with ProcessPoolExecutor(jobs, context, _start_worker, (shares,)) as pool:
         try:
-            # The workers inherit the mask: Ctrl-C, which the terminal sends to them too, is for us to deal with.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+            with shielded():
                 futures = [pool.submit(_work, task, seed, number) for number, seed in enumerate(seeds)]
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             left: set[Future[Result]] = set(futures)
             while left:
                 done, left = wait(left, POLL, FIRST_EXCEPTION)
@@ -182,15 +165,7 @@ _shares: Any = None
 def _start_worker(shares: Any) -> None:
     global _shares
     _shares = shares
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), name="parent's end", daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    """However the parent ends, also if it is killed: nobody wants our result then."""
-    wait_for_end([sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def _work(task: Task, seed: int, number: int) -> Result:

@@ -50,6 +50,8 @@ LINES: tuple[tuple[str, str, Callable[[Any], str], str, str], ...] = (
     ("simulated time", "simulated_seconds", decimals(1), "s", "sum"),
 )
 """(what, key in the figures, format, unit, how `figures.AGGREGATES` makes one of several)."""
+DISTRIBUTIONS = (("in-degree", "in_degree", "neighbours: peers"), ("LDH", "ldh_distribution", "hops: messages"))
+"""(what, key in the figures, unit); several make sums."""
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: str = "  ") -> str:
@@ -107,7 +109,8 @@ def _value(figures: dict[str, Any], key: str, form: Callable[[Any], str]) -> str
 
 
 def _single(result: Result) -> str:
-    return table([(what, _value(result.figures, key, form), unit) for what, key, form, unit, _ in LINES], (1,))
+    lines = table([(what, _value(result.figures, key, form), unit) for what, key, form, unit, _ in LINES], (1,))
+    return lines + _distributions(result.figures)
 
 
 def _several(results: Sequence[Result]) -> str:
@@ -120,7 +123,14 @@ def _several(results: Sequence[Result]) -> str:
         least = form(min(known)) if known else NEVER
         most = form(max(known)) if len(known) == len(values) else NEVER
         rows.append((what, _value(total, key, form), how, least, most, unit))
-    return table(rows, (1, 3, 4))
+    return table(rows, (1, 3, 4)) + _distributions(total)
+
+
+def _distributions(figures: dict[str, Any]) -> str:
+    rows = [
+        (what, ", ".join(f"{number}: {whole(count)}" for number, count in figures[key].items()), unit) for what, key, unit in DISTRIBUTIONS
+    ]
+    return "\n" + table(rows)
 
 
 def effort(results: Sequence[Result]) -> str:

@@ -46,6 +46,7 @@ class Scenario:
         about: one sentence.
         small: size for the test suite (peers, unless `about` says otherwise).
         full: size that the published figures are for.
+        least: the smallest size at which it can be run.
     """
 
     name: str
@@ -53,3 +54,4 @@ class Scenario:
     perform: Perform
     small: int
     full: int
+    least: int = 2

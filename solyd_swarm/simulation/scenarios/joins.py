@@ -20,13 +20,13 @@ def star(size: int, seed: int, progress: Progress) -> Outcome:
         if peers == 1000 and size < STARS[8]:
             continue  # not for the test suite
         isolated = apart = degree = 0
-        slowest = 0.0
+        slowest: float | None = 0.0
         for number in range(seeds):
             run = prepare(Parameters(peers=peers, join="star", latency=(0.2, 20.0), jitter=1.0, directory=False, seed=seed + number))
             form(run)
             net = run.net
             together = net.run_until(net.graph_is_connected, 5.0)
-            slowest = max(slowest, net.now if together else float("inf"))
+            slowest = max(slowest, net.now) if together and slowest is not None else None
             net.run(max(0.0, 5.0 - net.now))
             graph = measure(net.peers, seed)
             isolated += graph.isolated
@@ -39,7 +39,7 @@ def star(size: int, seed: int, progress: Progress) -> Outcome:
         name = f"{peers:,} peers, {seeds:,} seeds"
         outcome.must(f"{name}: isolated after 5 s", "0 (iroh-gossip, 8 peers: 1-2 in 8 of 30 runs)", str(isolated), isolated == 0)
         outcome.must(f"{name}: parts cut off after 5 s", "0", str(apart), apart == 0)
-        outcome.note(f"{name}: connected at the latest after", f"{slowest:.2f} s")
+        outcome.note(f"{name}: connected at the latest after", "never" if slowest is None else f"{slowest:.2f} s")
         outcome.figures[str(peers)] = {"isolated": isolated, "apart": apart, "slowest": slowest, "largest_in_degree": degree}
     outcome.figures["events"] = events
     outcome.figures["isolated"] = sum(outcome.figures[key]["isolated"] for key in outcome.figures if key != "events")
@@ -79,5 +79,5 @@ def flash_crowd(size: int, seed: int, progress: Progress) -> Outcome:
 
 SCENARIOS = (
     Scenario("star-join", "All join through one, back to back (the size is the number of seeds at 8 peers).", star, 40, STARS[8]),
-    Scenario("flash-crowd", "A crowd comes at once to ten peers with 1,000 messages in their window.", flash_crowd, 40, 1000),
+    Scenario("flash-crowd", "A crowd comes at once to ten peers with 1,000 messages in their window.", flash_crowd, 40, 1000, least=11),
 )

@@ -45,7 +45,10 @@ def many_senders(size: int, seed: int, progress: Progress) -> Outcome:
     _common(outcome, run, 0.5)
     ldh = outcome.figures["ldh"]
     theirs = "iroh-gossip asserts < 18 at 100 nodes"
-    outcome.must("LDH max", theirs, f"{ldh['max']:.0f}", ldh["max"] < 18 or size > 100)
+    if size <= 100:
+        outcome.must("LDH max", theirs, f"{ldh['max']:.0f}", ldh["max"] < 18)
+    else:
+        outcome.note("LDH max", f"{ldh['max']:.0f}", theirs)
     return outcome
 
 
