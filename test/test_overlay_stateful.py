@@ -4,7 +4,7 @@ import random
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simulated import Puppet, come_back, digests, disordered, repeated
 from test_overlay_hostile import Fiend
 
@@ -27,8 +27,6 @@ class SwarmMachine(RuleBasedStateMachine):
         self.restarted: set[Peer] = set()
         self.puppet: Puppet | None = None
         self.lossy = False
-        # Members without replay keep no bodies of what came before them: who has no other neighbours cannot get those.
-        self.forgetful = False
         self.messages = 0
         for _ in range(count):
             self.join(0, True)
@@ -54,7 +52,6 @@ class SwarmMachine(RuleBasedStateMachine):
         known = self.member(n)
         peer = self.net.add_peer(config=OverlayConfig(replay=False))
         self.restarted.add(peer)
-        self.forgetful = True
         self.net.discover(peer, known)
 
     @precondition(lambda self: len(self.members) > 2)
@@ -116,6 +113,15 @@ class SwarmMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.net.run(seconds)
 
+    @invariant()
+    def nothing_grows_nor_repeats(self) -> None:
+        for peer in self.members if hasattr(self, "net") else ():
+            membership = peer.overlay.membership
+            assert len(membership.active) <= membership.config.active_size
+            assert len(membership.passive) <= membership.config.passive_size
+            assert not repeated(peer)
+            assert not disordered(peer)
+
     def teardown(self) -> None:
         if hasattr(self, "net"):
             self.come_to_rest()
@@ -138,6 +144,12 @@ class SwarmMachine(RuleBasedStateMachine):
                 net.discover(peer, other)
         net.run(90.0)
 
+    def held(self, authors: set[bytes]) -> set[tuple[bytes, bytes]]:
+        """(author, payload) of all bodies that members hold."""
+        records = [record for peer in self.members for record in peer.overlay.log.records()]
+        envelopes = [record.envelope for record in records if record.envelope is not None and record.envelope.author in authors]
+        return {(envelope.author, payload) for envelope in envelopes for payload in envelope.payloads}
+
     def check(self) -> None:
         net, members = self.net, self.members
         assert net.run_until(lambda: not net.asymmetric(), 5.0)
@@ -154,11 +166,14 @@ class SwarmMachine(RuleBasedStateMachine):
             assert not any(each.author in authors for each in peer.equivocations)
             if not self.lossy:
                 assert all(self.puppet is not None and close.peer == self.puppet.peer.id for close in peer.closed)
-        for peer in set(members) - self.restarted if not self.forgetful else ():
+        for peer in set(members) - self.restarted:
             for author in members:
                 if author is not peer and author not in self.restarted:
                     missing = set(self.published.get(author, [])) - set(peer.messages)
                     assert not missing, (author.index, peer.index)
+            # Of those that are gone, too, what anybody has.
+            missing = {payload for author, payload in self.held(authors) if author != peer.overlay.author} - set(peer.messages)
+            assert not missing, peer.index
         if self.puppet is None:
             assert net.run_until(lambda: len(digests(members)) == 1, 60.0)
             for peer in members:
