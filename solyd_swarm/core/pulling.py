@@ -220,7 +220,7 @@ class Puller:
         # What was asked first is answered first: who answers anything else only must not keep that to itself.
         if queue.asked[id] == next(iter(queue.asked.values())):
             queue.progress_at = now
-            queue.failures = 0
+        queue.failures = 0  # it is there, and what is lost now and then must not make us ever more patient
         del queue.asked[id]
         self._pulling.pop(id, None)
 
@@ -365,10 +365,13 @@ class Puller:
         return times
 
     def _give_up(self, link: Link, queue: _Queue, now: float) -> None:
-        """The peer is silent. Others get their turn; then it is asked again, but not without end."""
+        """The peer is silent on what it was asked first. Others get their turn; then it is asked again, but not without end."""
         queue.failures += 1
-        asked = list(queue.asked)
-        self._release(queue)
+        oldest = next(iter(queue.asked.values()))
+        asked = [id for id, at in queue.asked.items() if at == oldest]  # what was asked later has its own time
+        for id in asked:
+            del queue.asked[id]
+            self._pulling.pop(id, None)
         if queue.failures > self.config.retries:
             queue.complete = False
             for id in asked:
@@ -383,7 +386,8 @@ class Puller:
         patience = self._links[peer].round_trip.timeout(config.patience, config.patience_min, config.patience)
         patience = min(patience * (1 << min(queue.failures, 16)), config.patience_max)
         # However well it gets on: a whole batch takes no longer on any line that is of use.
-        return min(queue.progress_at + patience, next(iter(queue.asked.values())) + config.patience_max)
+        oldest = next(iter(queue.asked.values()))
+        return min(max(queue.progress_at, oldest) + patience, oldest + config.patience_max)
 
     def _release(self, queue: _Queue) -> None:
         for id in queue.asked:

@@ -19,6 +19,8 @@ PUBLISHED = {0.1: 0.99, 0.2: 0.99, 0.3: 0.99, 0.4: 0.99, 0.5: 0.99, 0.6: 0.99, 0
 """Share of dead peers -> HyParView's reliability: near 100 % up to 90 %, above 90 % at 95 %."""
 
 
+WAIT = 2
+"""Cycles between the deaths and the first message."""
 FEW = 2000
 """Peers, from which on 5 % of them are enough to go by."""
 WHOLE = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -45,7 +47,7 @@ def _paper(run: Run, share: float, draw: int) -> dict[str, float | None]:
         antientropy.config = replace(antientropy.config, rounds=False)
     before = net.events
     _die(run, share, draw)
-    net.run(CYCLE)
+    net.run(WAIT * CYCLE)
     run.measured = publish(run, Senders(net, len(net.living)), run.parameters.messages)
     net.run(5.0)
     run.recorder.missing(run.measured)
