@@ -286,7 +286,7 @@ def test_who_puts_off_for_ever_does_not_keep_a_joiner_from_asking_others(seed: i
 
 
 def test_ids_that_nobody_has_are_bounded(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MAX_QUEUE", "MAX_REFUSED", "MAX_HEARSAY"):
+    for name in ("MAX_QUEUE", "MAX_REFUSED", "MAX_SAID_ONCE"):
         monkeypatch.setattr(module, name, 500)
     net = Network(seed)
     peers = mesh(net, 2)

@@ -208,7 +208,7 @@ class AntiEntropy:
         count = len(self._log.items)
         if count > frame.count + FEWER:
             waits = any(opened.at is not None and opened.tries < self.config.retries for opened in session.opened.values())
-            if not waits:  # else it has our summary, or will soon have
+            if not waits:  # a summary of ours, or one that we shall repeat, is on its way
                 self.open_round(link, now)
             return
         much = frame.count > count + MUCH

@@ -120,7 +120,7 @@ class Intake:
             self._pass_on(id, now, without=giver, lazily=True)
 
     def let_go(self, now: float) -> None:
-        """We leave: what is held goes to the neighbours, who could not ask us for it any more."""
+        """We leave: what is held, and our own that was to be announced, goes to the neighbours, who could not ask us for it any more."""
         released = self._doubts.release()
         for id in released:
             self._pass_on(id, now)

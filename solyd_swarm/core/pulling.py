@@ -29,7 +29,7 @@ SHORT_RUN = 2
 """Ids that are asked for one by one; a longer run is asked for by its ends."""
 GONE_BYTES = 50
 """Of an answer without a body: these count too, since a run asks for many of them in few bytes."""
-MAX_HEARSAY = 65_536
+MAX_SAID_ONCE = 65_536
 """Ids that one peer said are gone, until a second one does. The oldest go first."""
 
 
@@ -119,7 +119,7 @@ class Puller:
         """What this peer owed us is asked of others, who may have it in their queues too."""
         queue = self._queues.pop(link.peer, None)
         if queue is not None:
-            self._release(queue)
+            self._release(queue, list(queue.asked))
 
     def is_idle(self, link: Link) -> bool:
         """Whether nothing is left to be pulled from this peer."""
@@ -265,7 +265,7 @@ class Puller:
         self.refuse(link, id, now)
         first, at = self._hearsay.setdefault(id, (link.peer, now))
         if first == link.peer and now < at + self.config.refused_ttl:
-            if len(self._hearsay) > MAX_HEARSAY:
+            if len(self._hearsay) > MAX_SAID_ONCE:
                 self._hearsay.popitem(last=False)
             return
         del self._hearsay[id]
@@ -369,9 +369,7 @@ class Puller:
         queue.failures += 1
         oldest = next(iter(queue.asked.values()))
         asked = [id for id, at in queue.asked.items() if at == oldest]  # what was asked later has its own time
-        for id in asked:
-            del queue.asked[id]
-            self._pulling.pop(id, None)
+        self._release(queue, asked)
         if queue.failures > self.config.retries:
             queue.complete = False
             for id in asked:
@@ -389,10 +387,10 @@ class Puller:
         oldest = next(iter(queue.asked.values()))
         return min(max(queue.progress_at, oldest) + patience, oldest + config.patience_max)
 
-    def _release(self, queue: _Queue) -> None:
-        for id in queue.asked:
+    def _release(self, queue: _Queue, ids: list[bytes]) -> None:
+        for id in ids:
+            del queue.asked[id]
             self._pulling.pop(id, None)
-        queue.asked.clear()
 
     def _send(self, link: Link, frame: Gone | Have | Proof | Transfer) -> None:
         self._out.append(Send(link.peer, encode(frame)))
