@@ -189,9 +189,10 @@ def test_candidates_are_bounded(seed: int) -> None:
     for n in range(2000):
         one.overlay.handle(Discovered(n.to_bytes(32, "big") if n % 2 else b"", (("203.0.113.1", n + 1),)), net.now)
     assert len(one.overlay.healing._candidates) <= MAX_CANDIDATES
-    assert len(one.overlay.membership.passive) <= 30
+    passive_size = one.overlay.membership.config.passive_size
+    assert len(one.overlay.membership.passive) <= passive_size
     net.run(100.0)
-    assert len(one.overlay.healing._dialled) <= MAX_CANDIDATES + 30
+    assert len(one.overlay.healing._dialled) <= MAX_CANDIDATES + passive_size
 
 
 def test_we_are_no_candidate_of_ours(seed: int) -> None:

@@ -118,8 +118,8 @@ class Fiend:
 def assert_bounded(peer: Peer) -> None:
     overlay = peer.overlay
     membership = overlay.membership
-    assert len(membership.active) <= 5
-    assert len(membership.passive) <= 30
+    assert len(membership.active) <= membership.config.active_size
+    assert len(membership.passive) <= membership.config.passive_size
     assert len(membership._requests) <= 10
     concealed = sum(record.concealed for record in overlay.log.records())
     assert len(overlay.log) == len(overlay.log.items) + concealed <= 5000

@@ -18,8 +18,8 @@ MAX_CANDIDATES = 256
 SEEK_PAUSE = 1.0
 """Seconds until somebody outside the active view is asked for what all neighbours say is gone: members that keep little, or came
 without replay, may be all of our neighbours."""
-SEEKS = 32
-"""So often, about a passive view; then the pause is doubled each time, up to the interval of healing: anybody can make ids up."""
+SEEKS = 40
+"""So often, as a passive view has entries; then the pause doubles each time, up to the interval of healing: anybody can make ids up."""
 
 ASK_PAUSE = 0.5
 """Seconds between two requests for a place, to a peer of another half."""
