@@ -1,43 +1,16 @@
-"""Other processes: what they owe the one that started them, and several futures of one run.
-
-Forming a large swarm takes longer than what then happens to it.
-"""
+"""Several futures of one run: forming a large swarm takes longer than what then happens to it."""
 
 import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import wait
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from typing import TypeVar
+
+from solyd_swarm.simulation.children import end_with_parent, shielded
 
 T = TypeVar("T")
 
 
-@contextmanager
-def shielded() -> Iterator[None]:
-    """Processes that are started meanwhile inherit the mask: Ctrl-C, which the terminal sends to them too, is for us to deal with."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def end_with_parent() -> None:
-    """For a child: it ends when its parent does, however that ends, also if it is killed. Nobody wants its result then."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), name="parent's end", daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
-
-
-def _child(function: Callable[[], T], pipe: "multiprocessing.connection.Connection") -> None:
+def _child(function: Callable[[], T], pipe: Connection) -> None:
     end_with_parent()
     pipe.send(function())
     pipe.close()

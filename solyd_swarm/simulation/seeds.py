@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from solyd_swarm.simulation.branches import end_with_parent, shielded
+from solyd_swarm.simulation.children import end_with_parent, shielded
 from solyd_swarm.simulation.experiment import Progress, Run, perform, report
 from solyd_swarm.simulation.parameters import Parameters
 from solyd_swarm.simulation.scenarios import SCENARIOS, Outcome
