@@ -5,7 +5,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from solyd_swarm.emitter import MAX_CALLS, SwarmEmitter
 from solyd_swarm.errors import ForkedError, PayloadError, SwarmLeft
 from solyd_swarm.lagging import Lagging
 from solyd_swarm.message import Batch, Message, Peer, Stats
+from solyd_swarm.neighbors import Neighbors
 from solyd_swarm.net.driver import Driver
 from solyd_swarm.node import BaseNode
 from solyd_swarm.options import SwarmOptions
@@ -60,16 +60,14 @@ class Swarm(SwarmEmitter):
         self._on_left = on_left
         self._topic_key = derive_topic_key(topic, options.secret_bytes)
         self._epoch = node.identity.next_epoch()
+        self._neighbors = Neighbors()
         self._outbox = Outbox(
             format_message_id(node.identity.public_key, self._epoch, 0)[:-1],
             options,
-            has_peers=lambda: bool(self._peers),
+            has_peers=lambda: bool(self._neighbors),
             call=self._home.call,
             feed=self._feed,
         )
-        self._peers: dict[bytes, Peer] = {}
-        self._was_joined = False
-        self._joins: list[Pending[None]] = []
         self._driver: Driver | None = None
         self._partly_read: dict[tuple[bytes, int], int] = {}  # in an earlier life, with the first number that was not
         self._remember: Callable[[], None] | None = None
@@ -96,7 +94,7 @@ class Swarm(SwarmEmitter):
             lifetime.register(self)
 
     def __repr__(self) -> str:
-        return f"<Swarm {self.topic!r} {self.id} {'left' if self._departure.begun else f'{len(self._peers)} neighbours'}>"
+        return f"<Swarm {self.topic!r} {self.id} {'left' if self._departure.begun else f'{len(self._neighbors)} neighbours'}>"
 
     # -- what it is -------------------------------------------------------------------------------------------
 
@@ -113,7 +111,7 @@ class Swarm(SwarmEmitter):
     @property
     def peers(self) -> tuple[Peer, ...]:
         """The neighbours now."""
-        return tuple(self._peers.values())
+        return tuple(self._neighbors)
 
     @property
     def stats(self) -> Stats:
@@ -121,7 +119,7 @@ class Swarm(SwarmEmitter):
         overlay_log = self._driver.overlay.log if self._driver is not None else None
         bytes_in, bytes_out = self._node.endpoint.traffic()
         return Stats(
-            neighbors=len(self._peers),
+            neighbors=len(self._neighbors),
             published=self._outbox.published,
             acknowledged=self._outbox.acknowledged,
             lost=self._outbox.lost,
@@ -178,13 +176,10 @@ class Swarm(SwarmEmitter):
         return pending
 
     def _await_join(self, pending: Pending[None]) -> None:
-        if self._peers:
-            pending.set_result(None)
-        elif self._departure.begun:
+        if self._departure.begun and not self._neighbors:
             pending.set_exception(_left_error())
         else:
-            self._joins = [each for each in self._joins if not each.done()]
-            self._joins.append(pending)
+            self._neighbors.wait(pending)
 
     def flush(self) -> Pending[None]:
         """Done when what was published so far is acknowledged by every present neighbour, and by one at least.
@@ -234,9 +229,7 @@ class Swarm(SwarmEmitter):
 
     def say_goodbye(self) -> None:
         """For `Departure`."""
-        joins, self._joins = self._joins, []
-        for pending in joins:
-            pending.set_exception(_left_error())
+        self._neighbors.give_up(_left_error())
         self._outbox.give_up(_left_error())
         if self._alone_timer is not None:
             self._alone_timer.cancel()
@@ -246,9 +239,9 @@ class Swarm(SwarmEmitter):
         self._warn_of_unreceived()
         self._on_left(self)
         self._delivery.end()
-        if self._peers:
+        if self._neighbors:
             self._enqueue(self._disconnected)
-        self._peers.clear()
+        self._neighbors.clear()
         self._post("left")
 
     async def close_node(self) -> None:
@@ -305,27 +298,22 @@ class Swarm(SwarmEmitter):
         return [(batch.envelope, batch.start) for batch in self._delivery.unread()]
 
     def neighbor_up(self, peer: bytes, author: bytes) -> None:
-        address = self._node.endpoint.address_of(peer) or ("", 0)
-        new = Peer(format_author(author), f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}", _now())
-        first = not self._peers
-        self._was_joined = True
-        self._peers[peer] = new
+        is_first = not self._neighbors
+        new = self._neighbors.add(peer, author, self._node.endpoint.address_of(peer) or ("", 0))
         log.debug("neighbour up: %s at %s", new.id, new.address)
-        if first:
+        if is_first:
             self._enqueue(self._connected)
-            joins, self._joins = self._joins, []
-            for pending in joins:
-                pending.set_result(None)
+            self._neighbors.settle()
         self._post("neighbor_up", new)
 
     def neighbor_down(self, peer: bytes, author: bytes, reason: str) -> None:
-        old = self._peers.pop(peer, None)
+        old = self._neighbors.remove(peer)
         if old is None:
             return
         log.debug("neighbour down: %s: %s", old.id, reason)
         self._post("neighbor_down", old, reason)
         self._outbox.settle()
-        if not self._peers:
+        if not self._neighbors:
             self._enqueue(self._disconnected)
             self._node.look_again(self._topic_key)
 
@@ -358,7 +346,7 @@ class Swarm(SwarmEmitter):
         self._alone_timer = self._home.loop.call_later(ALONE_WARNING, self._warn_alone)
 
     def _warn_alone(self) -> None:
-        if self._was_joined:
+        if self._neighbors.were_any:
             return
         tried = "; ".join(f"{name}: {state}" for name, state in self._node.describe_sources().items())
         log.warning(
@@ -461,7 +449,3 @@ class Swarm(SwarmEmitter):
 
 def _left_error() -> SwarmLeft:
     return SwarmLeft("the swarm has left: make a new one with pubsub()")
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
