@@ -258,8 +258,8 @@ def run(name: str, life: int, topic: str, *, clock_offset: float = 0.0, pause: f
 
     def cut() -> None:
         """Aborts the channel to one neighbour; what is queued on it is lost."""
-        for instance in list(swarm._peers)[:1]:
-            say("cut", swarm._peers[instance].id)
+        for instance, neighbor in list(swarm._neighbors._peers.items())[:1]:
+            say("cut", neighbor.id)
             swarm._node.endpoint._connections[instance].channel.abort("cut by the test")
 
     swarm.on("neighbor_up", lambda peer: say("up", peer.id))

@@ -155,7 +155,9 @@ def neighbour(topic: str = "room") -> Iterator[Neighbour]:
 
 JOIN = """
 from solyd_swarm import Node, pubsub
-import asyncio, os, signal, sys, threading, time
+import asyncio, logging, os, signal, sys, threading, time
+# In debug mode asyncio tells of steps that take longer than 0.1 s: on a busy machine, where modules are imported, some do.
+logging.getLogger("asyncio").addFilter(lambda record: not record.msg.startswith("Executing "))
 LOOPBACK = dict(listen=("127.0.0.1", 0), mdns=False, dht=False)
 def join(topic="room"):
     return pubsub(topic, bootstrap=os.environ["TICKET"], **LOOPBACK)

@@ -36,6 +36,7 @@ RANKS = {
     "delivery": 3,
     "departure": 3,
     "lagging": 3,
+    "neighbors": 3,
     "finding": 4,
     "node": 4,
     "swarm": 5,
