@@ -172,8 +172,7 @@ def test_sync_for_in_a_cell(notebook: Notebook, other: Neighbour) -> None:
 
 
 def test_interrupting_a_cell_stops_nothing_else(notebook: Notebook, other: Neighbour) -> None:
-    # Told by another thread, while the cell waits already: a swarm that Ctrl-C keeps from being assigned is nobody's to leave, and
-    # the kernel's own printing may take the interrupt.
+    # Told by another thread, while the cell waits already: a swarm that Ctrl-C keeps from being assigned is nobody's to leave.
     tell = "threading.Timer(0.1, say, ['waiting']).start()"
     for what in (f"{tell}; list(swarm)", f"with pubsub('nobody else', **LOOPBACK) as lonely: {tell}; lonely.joined().result()"):
         cell = notebook.begin(f"""
