@@ -9,9 +9,9 @@ from heapq import heappop, heappush
 
 from solyd_swarm.core.doubts import DIVIDED_AGE, Doubts
 from solyd_swarm.core.events import Action, Send
+from solyd_swarm.core.lateness import Lateness, Pause
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.log import Log, Record
-from solyd_swarm.core.roundtrip import Peak, RoundTrip
 from solyd_swarm.core.wire import MAX_BATCH, Frame, Gossip, Graft, Have, Ihave, Prune, encode
 from solyd_swarm.errors import RemoteProtocolError
 
@@ -19,8 +19,6 @@ MAX_MISSING = 65_536
 """Announced envelopes that are waited for: bounds a peer that announces what does not exist. Further announcements are left
 to anti-entropy."""
 MAX_ANNOUNCERS = 8
-GRAFT_HOPS = 20
-"""Hops by which a new tree may lag behind an announcement: what trees of 1,000 peers have."""
 GAINS = 16
 """Announcements over which it is averaged how much shorter another branch would be."""
 PRUNE_PAUSE = 1.0
@@ -58,13 +56,18 @@ class BroadcastConfig:
     # (1,000 peers, 100 senders in turn: mean last delivery hop 11; by single messages 16 with 7, and 31 with 3).
     optimization_threshold: int = 3
     # One tree serves all senders: what is shorter for one may be longer for another. So each swap is followed by a pause, doubled
-    # each time until a neighbour comes or goes, and the tree comes to rest.
+    # each time until a neighbour comes or goes, and the tree comes to rest. The same holds for flooding anew.
     optimization_pause: float = 0.5
     optimization_pause_max: float = 60.0
 
 
 class _Missing:
-    """An envelope that was announced and has not come. `tries` goes through the announcers again and again."""
+    """An envelope that was announced and has not come.
+
+    Attributes:
+        tries: goes through the announcers again and again.
+        asked: who was, and whether that link was eager before.
+    """
 
     __slots__ = ("announcers", "asked", "due", "heard_at", "tries")
 
@@ -73,7 +76,7 @@ class _Missing:
         self.heard_at = now
         self.due = due
         self.tries = 0
-        self.asked: list[bytes] = []
+        self.asked: dict[bytes, bool] = {}
 
     def is_of_the_tree(self, record: Record) -> bool:
         """Whether it was to come over the tree. What was caught up on elsewhere is only announced, and is of age by then."""
@@ -109,27 +112,34 @@ class Broadcast:
         self._lazy: dict[bytes, list[tuple[bytes, int]]] = {}  # peer -> (id, hops) to be announced
         self._lazy_due: float | None = None
         self._due: list[tuple[float, bytes]] = []  # a heap; entries of what has come, or is due later, are stale
-        self._lag = RoundTrip()
-        self._longest_lag = Peak()
+        self._lateness = Lateness(config.graft_timeout, config.graft_timeout_min, config.graft_timeout_max)
         self.swaps = 0
         """Branches of the tree that were swapped for shorter ones."""
-        self._next_swap = 0.0
-        self._swap_pause = config.optimization_pause
+        self.refloods = 0
+        """Times that all links were made eager, to find the fastest way where the tree had failed."""
+        self._swap_pause = Pause(config.optimization_pause, config.optimization_pause_max)
+        self._reflood_pause = Pause(config.optimization_pause, config.optimization_pause_max)
         self._grafted_share = 0.0  # of the latest envelopes, those that had to be grafted
 
     def neighbor_up(self, link: Link) -> None:
-        self._swap_pause = self.config.optimization_pause
+        self._swap_pause.reset()
+        self._reflood_pause.reset()
         link.eager = True
         link.congested = False
 
     def neighbor_down(self, link: Link) -> None:
-        self._swap_pause = self.config.optimization_pause
+        self._swap_pause.reset()
+        self._reflood_pause.reset()
         self._lazy.pop(link.peer, None)
 
     # -- sending ----------------------------------------------------------------------------------------------
 
-    def push(self, record: Record, now: float, without: bytes = b"", *, lazily: bool = False) -> None:
-        """Passes an envelope on to all neighbours but the one it came from: eagerly where the link is, unless told `lazily`."""
+    def push(self, record: Record, now: float, without: bytes = b"", *, lazily: bool = False, unneeded: Collection[bytes] = ()) -> None:
+        """Passes an envelope on to all neighbours but the one it came from: eagerly where the link is, unless told `lazily`.
+
+        Args:
+            unneeded: neighbours that have it, or get it otherwise; to them it is announced.
+        """
         envelope = record.envelope
         assert envelope is not None
         data = b""
@@ -139,7 +149,7 @@ class Broadcast:
                 continue
             if own_first:
                 link.note_own(own_first)  # from now on, also where it is announced a moment later
-            if link.eager and not lazily and not link.congested:
+            if link.eager and not lazily and not link.congested and peer not in unneeded:
                 data = data or self._gossip(record, now)
                 link.note_sent(own_first)
                 self._out.append(Send(peer, data))
@@ -182,27 +192,69 @@ class Broadcast:
 
     # -- receiving --------------------------------------------------------------------------------------------
 
-    def accepted(self, link: Link, record: Record, now: float) -> None:
-        """An envelope came by Gossip and is new: this link is a good one, unless another is much shorter."""
+    def accepted(self, link: Link, record: Record, now: float) -> Collection[bytes]:
+        """An envelope came by Gossip and is new: this link is a good one, unless another is much shorter.
+
+        Returns:
+            The neighbours to whom it need not be pushed.
+        """
         missing = self._missing.pop(record.id, None)
-        if missing is None or link.peer not in missing.asked:
-            self._note_failure(False)
-        elif missing.is_of_the_tree(record):
-            self._note_failure(True)
-        if missing is not None and link.peer not in missing.asked:
-            self._lag.sample(now - missing.heard_at)
-            self._longest_lag.sample(now - missing.heard_at)
-        if not link.up:
-            return
-        record.via, record.heard_at = link.peer, now
-        if not link.congested:
-            link.eager = True
+        jumped = self._note_lag(link, record, missing, now)
+        if link.up:
+            record.via, record.heard_at = link.peer, now
+            if not link.congested:
+                link.eager = True
         if missing is None:
-            return
+            return ()
+        announcers = [peer for peer, _ in missing.announcers]
+        if not link.up:
+            return announcers
+        if jumped and not self.is_failing and self._reflood_pause.is_over(now):
+            return self._reflood(link, record.id, now).union(announcers)
+        if missing.asked:
+            # Which copy of it came first is chance. Only a link that had to serve for it alone goes back to what it was.
+            for peer, other in self._active.items():
+                if other is not link and missing.asked.get(peer, True):
+                    other.spare(record.id)
         for peer, hops in missing.announcers:
-            other = self._active.get(peer)
-            if other is not None and self._optimize(other, hops, record, now):
-                return
+            shorter = self._active.get(peer)
+            if shorter is not None and self._optimize(shorter, hops, record, now):
+                break
+        return announcers
+
+    def _note_lag(self, link: Link, record: Record, missing: _Missing | None, now: float) -> bool:
+        """How late the tree was; returns whether it has suddenly become so."""
+        was_asked = missing is not None and link.peer in missing.asked
+        if not was_asked:
+            self._note_failure(False)
+        elif missing is not None and missing.is_of_the_tree(record):
+            self._note_failure(True)
+        assert record.envelope is not None
+        lag = 0.0 if missing is None else now - missing.heard_at
+        jumped = self._lateness.has_jumped(record.envelope.author, link.peer, lag, link.round_trip.smoothed)
+        if missing is not None and not was_asked and not jumped:
+            self._lateness.sample(lag)
+        return jumped
+
+    def _reflood(self, link: Link, id: bytes, now: float) -> set[bytes]:
+        """The tree has failed somewhere before us, and whose graft was the quickest says little about ways: so the next envelope comes
+        over all links, as at first, and the fastest stays.
+
+        Returns:
+            The neighbours whose links were lazy.
+        """
+        self._reflood_pause.begin(now)
+        self.refloods += 1
+        lazy: set[bytes] = set()
+        for peer, other in self._active.items():
+            if other is link or other.congested:
+                continue
+            other.spare(id)
+            if not other.eager:
+                other.eager = True
+                lazy.add(peer)
+                self._send(peer, Graft([]))
+        return lazy
 
     def _optimize(self, other: Link, hops: int, record: Record, now: float) -> bool:
         """Makes the link of an announcer a branch of the tree, instead of the one that brought the envelope, if it is much shorter."""
@@ -213,12 +265,11 @@ class Broadcast:
         is_slower = now - record.heard_at > self.config.lazy_interval
         gain = 0 if is_slower else record.hops - (hops + 1)
         other.gain += (gain - other.gain) / GAINS
-        if min(gain, other.gain) < self.config.optimization_threshold or now < self._next_swap or self.is_failing:
+        if min(gain, other.gain) < self.config.optimization_threshold or self.is_failing or not self._swap_pause.is_over(now):
             return False
         other.gain = link.gain = 0.0
         self.swaps += 1
-        self._next_swap = now + self._swap_pause
-        self._swap_pause = min(2 * self._swap_pause, self.config.optimization_pause_max)
+        self._swap_pause.begin(now)
         other.eager, link.eager = True, False
         self._send(other.peer, Graft([]))
         self._send(link.peer, Prune())
@@ -233,9 +284,9 @@ class Broadcast:
         """Whether the tree has failed to bring an envelope in time; the latest 64 or so count."""
         self._grafted_share += (failed - self._grafted_share) / 64
 
-    def duplicate(self, link: Link, now: float) -> None:
-        """An envelope came by Gossip that was here already: the link is none of the tree's."""
-        if self.is_failing:
+    def duplicate(self, link: Link, id: bytes, now: float) -> None:
+        """An envelope came by Gossip that was here already: the link is none of the tree's, unless this one is to say nothing."""
+        if self.is_failing or link.is_spared(id):
             return
         if link.up and (link.eager or now - link.pruned_at >= PRUNE_PAUSE):
             link.eager = False
@@ -323,7 +374,7 @@ class Broadcast:
                 del self._missing[id]
                 continue
             wanted.setdefault(link.peer, []).append(id)
-            missing.asked.append(link.peer)
+            missing.asked.setdefault(link.peer, link.eager)
             missing.due = now + self._graft_retry(link) * 2 ** max(0, (missing.tries - 1) // len(missing.announcers) - 2)
             heappush(self._due, (missing.due, id))
         for peer, ids in wanted.items():
@@ -340,13 +391,7 @@ class Broadcast:
         return None
 
     def _graft_timeout(self, link: Link) -> float:
-        config = self.config
-        if self.is_failing:  # nothing is pruned then, so there is no harm in a second copy
-            return self._lag.timeout(config.graft_timeout, config.graft_timeout_min, config.graft_timeout_max)
-        round_trip = link.round_trip.smoothed
-        first = config.graft_timeout if round_trip is None else max(config.graft_timeout, GRAFT_HOPS / 2 * round_trip)
-        first = min(first, config.graft_timeout_max)
-        return self._longest_lag.timeout(first, config.graft_timeout_min, config.graft_timeout_max)
+        return self._lateness.timeout(link.round_trip.smoothed, failing=self.is_failing)
 
     def _graft_retry(self, link: Link) -> float:
         config = self.config

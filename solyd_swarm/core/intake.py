@@ -62,15 +62,15 @@ class Intake:
             if self._doubts and link.up and self._doubts.told(id):
                 self._pass_on(id, now, without=link.peer)
             else:
-                self._broadcast.duplicate(link, now)
+                self._broadcast.duplicate(link, id, now)
             return False
         taken = self._take(link, id, frame, now, pulled=False)
         link.note_received(id, True, matters=taken is None or taken[1].author == link.author)
         if taken is None:
             return False
         record, envelope = taken
-        self._broadcast.accepted(link, record, now)
-        self._broadcast.push(record, now, without=link.peer)
+        unneeded = self._broadcast.accepted(link, record, now)
+        self._broadcast.push(record, now, without=link.peer, unneeded=unneeded)
         return self._deliver_on(envelope, link, now)
 
     def transfer(self, link: Link, frame: Transfer, now: float) -> bool:

@@ -20,6 +20,10 @@ MAX_UNHELD = 65_536
 the sets equal tells."""
 
 
+MAX_SPARED = 64
+"""Envelopes of which a second copy is on its way, per link: bounds those that never come."""
+
+
 class Link:
     """State of one link; the parts of the overlay share it."""
 
@@ -29,6 +33,7 @@ class Link:
         "_lowest",
         "_own",
         "_pending",
+        "_spared",
         "_strict",
         "_synced_to",
         "_unheld",
@@ -69,6 +74,7 @@ class Link:
         self.joined_at = float("-inf")  # when a Join of it last set off walks
         self.parted_at = 0.0  # when it left the active view, or we last told the peer that it is not in it
         self.round_trip = RoundTrip()
+        self._spared: dict[bytes, None] = {}  # ids of which a second copy makes the link no less eager
         self.served = 0  # bytes of bodies and digests that the frames at hand have asked for
         # Inbound: ids received; those not held yet, by their number; what we last acknowledged.
         self.received = 0
@@ -86,6 +92,16 @@ class Link:
         self._synced_to = 0
         self._base = 0
         self._strict = False
+
+    def spare(self, id: bytes) -> None:
+        """A second copy of this envelope says nothing about the link: both are on their way already."""
+        self._spared[id] = None
+        if len(self._spared) > MAX_SPARED:
+            del self._spared[next(iter(self._spared))]
+
+    def is_spared(self, id: bytes) -> bool:
+        """Whether this is such a copy; the next one is none."""
+        return self._spared.pop(id, b"") is None
 
     # -- inbound ----------------------------------------------------------------------------------------------
 
