@@ -211,8 +211,8 @@ class Broadcast:
             return announcers
         if jumped and not self.is_failing and self._reflood_pause.is_over(now):
             return self._reflood(link, record.id, now).union(announcers)
-        if missing.asked:
-            # Which copy of it came first is chance. Only a link that had to serve for it alone goes back to what it was.
+        if missing.asked or jumped:
+            # It had to be grafted: which copy came first is chance. Only a link that had to serve for it alone goes back to what it was.
             for peer, other in self._active.items():
                 if other is not link and missing.asked.get(peer, True):
                     other.spare(record.id)
