@@ -203,7 +203,7 @@ class Broadcast:
         if link.up:
             record.via, record.heard_at = link.peer, now
             if not link.congested:
-                link.eager = True
+                link.make_eager(now)
         if missing is None:
             return ()
         announcers = [peer for peer, _ in missing.announcers]
@@ -251,7 +251,7 @@ class Broadcast:
                 continue
             other.spare(id)
             if not other.eager:
-                other.eager = True
+                other.make_eager(now)
                 lazy.add(peer)
                 self._send(peer, Graft([]))
         return lazy
@@ -270,7 +270,8 @@ class Broadcast:
         other.gain = link.gain = 0.0
         self.swaps += 1
         self._swap_pause.begin(now)
-        other.eager, link.eager = True, False
+        other.make_eager(now)
+        link.eager = False
         self._send(other.peer, Graft([]))
         self._send(link.peer, Prune())
         return True
@@ -286,7 +287,10 @@ class Broadcast:
 
     def duplicate(self, link: Link, id: bytes, now: float) -> None:
         """An envelope came by Gossip that was here already: the link is none of the tree's, unless this one is to say nothing."""
-        if self.is_failing or link.is_spared(id):
+        record = self._log.get(id)
+        # What was here before the link became eager was not pushed over it: its copy cannot tell who is faster.
+        is_older = record is not None and (record.heard_at or record.born) < link.eager_since
+        if is_older or self.is_failing or link.is_spared(id):
             return
         if link.up and (link.eager or now - link.pruned_at >= PRUNE_PAUSE):
             link.eager = False
@@ -343,7 +347,7 @@ class Broadcast:
 
     def _grafted(self, link: Link, frame: Graft, now: float) -> None:
         if link.up and not link.congested:
-            link.eager = True
+            link.make_eager(now)
         later: list[bytes] = []
         for id in frame.ids:
             record = self._log.get(id)
@@ -378,7 +382,7 @@ class Broadcast:
             missing.due = now + self._graft_retry(link) * 2 ** max(0, (missing.tries - 1) // len(missing.announcers) - 2)
             heappush(self._due, (missing.due, id))
         for peer, ids in wanted.items():
-            self._active[peer].eager = True
+            self._active[peer].make_eager(now)
             for start in range(0, len(ids), MAX_BATCH):
                 self._send(peer, Graft(ids[start : start + MAX_BATCH]))
 

@@ -44,6 +44,7 @@ class Link:
         "dialled",
         "divided",
         "eager",
+        "eager_since",
         "gain",
         "info",
         "initiated",
@@ -67,6 +68,7 @@ class Link:
         self.dialled = dialled
         self.up = False  # in the active view
         self.eager = True
+        self.eager_since = float("-inf")  # when it became so; from the start is before all
         self.congested = False
         self.pruned_at = float("-inf")
         self.divided = False  # one end has had messages that the other lacked for so long that no common neighbour told it
@@ -92,6 +94,11 @@ class Link:
         self._synced_to = 0
         self._base = 0
         self._strict = False
+
+    def make_eager(self, now: float) -> None:
+        """What is new is pushed over it from now on."""
+        if not self.eager:
+            self.eager, self.eager_since = True, now
 
     def spare(self, id: bytes) -> None:
         """A second copy of this envelope says nothing about the link: both are on their way already."""

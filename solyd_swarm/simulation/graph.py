@@ -2,8 +2,11 @@
 
 import random
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
+from solyd_swarm.simulation.network import Network
 from solyd_swarm.simulation.peer import Peer
 
 PATH_SOURCES = 64
@@ -47,6 +50,28 @@ def distances(edges: dict[int, list[int]], source: int) -> dict[int, int]:
             if other not in found:
                 found[other] = found[at] + 1
                 todo.append(other)
+    return found
+
+
+def fastest(net: Network, known: Iterable[tuple[Peer, float]], without: Peer) -> dict[int, float]:
+    """Seconds to each peer over the fastest way there is, by active views and mean latencies, that avoids one peer (Dijkstra, 1959).
+
+    Args:
+        known: peers that are reached anyway, and after how many seconds, whatever would be the fastest.
+    """
+    todo = [(seconds, peer.index, peer) for peer, seconds in known]
+    fixed = {index for _, index, _ in todo}
+    heapify(todo)
+    found: dict[int, float] = {}
+    while todo:
+        seconds, index, peer = heappop(todo)
+        if index in found:
+            continue
+        found[index] = seconds
+        for id in peer.overlay.neighbors:
+            other = net.find(id)
+            if other is not without and other.index not in found and other.index not in fixed:
+                heappush(todo, (seconds + net.mean_latency(peer, other), other.index, other))
     return found
 
 
