@@ -5,11 +5,11 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final
 
-from solyd_swarm import lifetime
+from solyd_swarm import interrupts, lifetime
 from solyd_swarm.core.keys import derive_topic_key
 from solyd_swarm.core.log import DEFAULT_BYTES, DEFAULT_WINDOW
 from solyd_swarm.errors import ForkedError, OptionError, OptionTypeError, SwarmLeft
@@ -62,7 +62,19 @@ class Node:
         interfaces: str | Sequence[str] | None = None,
     ) -> None:
         self._implicit = False
-        self._base = BaseNode(NodeOptions(identity, listen, bootstrap, mdns, dht, mainline, portmap, interfaces))
+        options = NodeOptions(identity, listen, bootstrap, mdns, dht, mainline, portmap, interfaces)
+        made = False
+        try:
+            with interrupts.held_back():
+                self._make(options)
+                made = True
+        except KeyboardInterrupt:
+            if made:
+                self.close()  # nobody else could
+            raise
+
+    def _make(self, options: NodeOptions) -> None:
+        self._base = BaseNode(options)
         self._swarms: dict[bytes, Swarm] = {}
         self._lock = threading.RLock()
         self._closing = False
@@ -105,7 +117,7 @@ class Node:
         except TypeError as error:
             raise OptionTypeError(f"node.pubsub() {str(error).removeprefix('SwarmOptions.__init__() ')}") from None
         swarm_options.check()
-        return self._open(check_topic(topic), swarm_options)
+        return _whole(lambda: self._open(check_topic(topic), swarm_options))
 
     def _open(self, topic: str, options: SwarmOptions) -> Swarm:
         key = derive_topic_key(topic, options.secret_bytes)
@@ -243,10 +255,23 @@ def pubsub(
             raise OptionTypeError(f"node takes a Node, not {type(node).__name__}")
         if given:
             raise OptionTypeError(f"{', '.join(given)} cannot be given together with node=: give them to Node() instead")
-        return node._open(topic, options)
+        return _whole(lambda: node._open(topic, options))
     if given:
-        return _open_implicit(Node(**given), topic, options)
-    return _open_on_default(topic, options)
+        return _whole(lambda: _open_implicit(Node(**given), topic, options))
+    return _whole(lambda: _open_on_default(topic, options))
+
+
+def _whole(make: Callable[[], Swarm]) -> Swarm:
+    """Ctrl-C meanwhile comes after it; then the swarm leaves, as nobody else could have it do so."""
+    swarm: Swarm | None = None
+    try:
+        with interrupts.held_back():
+            swarm = make()
+    except KeyboardInterrupt:
+        if swarm is not None:
+            swarm.leave()
+        raise
+    return swarm
 
 
 def _open_implicit(node: Node, topic: str, options: SwarmOptions) -> Swarm:

@@ -25,6 +25,7 @@ RANKS = {
     "runtime": 3,
     "lifetime": 3,
     "interpreter": 3,
+    "interrupts": 3,
     "terminal": 3,
     "emitter": 3,
     "options": 3,
