@@ -231,12 +231,12 @@ class Broadcast:
             self._note_failure(True)
         assert record.envelope is not None
         lag = 0.0 if missing is None else now - missing.heard_at
-        jumped = self._lateness.has_jumped(record.envelope.author, link.peer, lag, link.round_trip.smoothed)
+        jumped = self._lateness.has_jumped(record.envelope.author, link.peer, lag)
         if missing is not None and not was_asked and not jumped:
             self._lateness.sample(lag)
         return jumped
 
-    def _reflood(self, link: Link, id: bytes, now: float) -> set[bytes]:
+    def _reflood(self, link: Link | None, id: bytes, now: float) -> set[bytes]:
         """The tree has failed somewhere before us, and whose graft was the quickest says little about ways: so the next envelope comes
         over all links, as at first, and the fastest stays.
 
@@ -302,11 +302,16 @@ class Broadcast:
         missing = self._missing.get(id)
         return missing is not None and any(peer in self._active for peer, _ in missing.announcers)
 
-    def fetched(self, id: bytes) -> None:
+    def fetched(self, id: bytes, now: float) -> None:
         """An envelope came by anti-entropy."""
         missing, record = self._missing.pop(id, None), self._log.get(id)
-        if missing is not None and missing.asked and record is not None and missing.is_of_the_tree(record):
+        if missing is None or record is None or record.envelope is None or not missing.is_of_the_tree(record):
+            return
+        if missing.asked:
             self._note_failure(True)
+        jumped = self._lateness.has_jumped(record.envelope.author, b"", now - missing.heard_at)
+        if jumped and not self.is_failing and self._reflood_pause.is_over(now):
+            self._reflood(None, id, now)
 
     def handle(self, link: Link, frame: Frame, now: float) -> None:
         """One broadcast frame of a neighbour, but for Gossip."""

@@ -81,7 +81,7 @@ class Intake:
         link.note_received(id, True, matters=self._log.may_be_by(id, link.author))
         link.divided |= is_news and taken is not None and frame.age > 1000 * DIVIDED_AGE
         announced = self._broadcast.is_announced(id)
-        self._broadcast.fetched(id)
+        self._broadcast.fetched(id, now)
         review = False
         if taken is not None:
             record, envelope = taken

@@ -6,6 +6,8 @@ MAX_AUTHORS = 256
 """Authors whose last lag is kept: bounds a flood of fresh keys. The one unheard of for longest is forgotten."""
 SOLO = 16
 """Envelopes in a row by one author after which the tree is taken to serve nobody else."""
+USUAL_FADING = 0.97
+"""Per envelope: what a lag was while the swarm formed says nothing about failures a hundred envelopes later."""
 GRAFT_HOPS = 20
 """Hops by which a new tree may lag behind an announcement: what trees of 1,000 peers have."""
 
@@ -23,6 +25,7 @@ class Lateness:
         self._most = most
         self._mean = RoundTrip()
         self._longest = Peak()
+        self._usual = Peak(USUAL_FADING)  # of every envelope, also of those that came first, but for sudden lags
         self._last: dict[bytes, tuple[float, bytes]] = {}  # by author: lag and neighbour of the last envelope
         self._latest = b""
         self._in_a_row = 0
@@ -44,12 +47,15 @@ class Lateness:
         first = self._initial if round_trip is None else max(self._initial, GRAFT_HOPS / 2 * round_trip)
         return self._longest.timeout(min(first, self._most), self._least, self._most)
 
-    def has_jumped(self, author: bytes, via: bytes, lag: float, round_trip: float | None) -> bool:
-        """Whether the tree has failed an envelope somewhere: it lags so much more than the author's last one that somebody must have
-        grafted it, at least a timeout later. Half of ours tells that from how the tree's own changes shift lags.
+    def has_jumped(self, author: bytes, via: bytes, lag: float) -> bool:
+        """Whether the tree has failed an envelope somewhere: it lags so much more than the author's last one, and than envelopes do here,
+        that somebody must have grafted it, at least a timeout later.
 
         Where there are several authors, it must also come from another neighbour than the last one did. What is the fastest way for
         one is none for the next; so those who still hear of it as before leave the tree at rest.
+
+        Args:
+            via: the neighbour that brought it; none where it was pulled.
         """
         before = self._last.pop(author, None)
         self._last[author] = lag, via
@@ -57,10 +63,11 @@ class Lateness:
         self._latest = author
         if len(self._last) > MAX_AUTHORS:
             del self._last[next(iter(self._last))]
-        if before is None or lag <= 2 * before[0]:
-            return False
-        has_moved = via != before[1] or self._in_a_row >= SOLO
-        return has_moved and lag > 2 * before[0] + self._longest.timeout(self._initial / 2, self._initial / 2, self._most)
+        has_moved = before is not None and (via != before[1] or self._in_a_row >= SOLO)
+        if before is not None and has_moved and lag > 2 * before[0] + self._usual.timeout(self._initial / 2, self._initial / 2, self._most):
+            return True
+        self._usual.sample(lag)
+        return False
 
 
 class Pause:

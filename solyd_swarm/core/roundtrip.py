@@ -6,7 +6,7 @@ _VARIANCES = 4
 _GRANULARITY = 0.005
 """Seconds that a timer, a busy loop or a batch may add without the network having anything to do with it."""
 
-_FADING = 0.99
+FADING = 0.99
 
 
 class RoundTrip:
@@ -38,16 +38,21 @@ class RoundTrip:
 
 class Peak:
     """The longest of the latest times, in seconds: for what takes turns between short and long, where a mean and its deviation forget
-    the long ones in between. It fades to a half in about seventy samples."""
+    the long ones in between.
 
-    __slots__ = ("seconds",)
+    Args:
+        fading: what it fades to from one sample to the next; by default to a half in about seventy.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_fading", "seconds")
+
+    def __init__(self, fading: float = FADING) -> None:
+        self._fading = fading
         self.seconds: float | None = None
 
     def sample(self, seconds: float) -> None:
         """Takes in one measurement."""
-        self.seconds = seconds if self.seconds is None else max(seconds, _FADING * self.seconds)
+        self.seconds = seconds if self.seconds is None else max(seconds, self._fading * self.seconds)
 
     def timeout(self, initial: float, least: float, most: float) -> float:
         """How long to wait before something may be taken for lost: twice the peak, within bounds; `initial` without a
