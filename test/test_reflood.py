@@ -7,6 +7,7 @@ from solyd_swarm.core import link as module
 from solyd_swarm.core import wire
 from solyd_swarm.core.antientropy import AntiEntropyConfig
 from solyd_swarm.core.envelope import envelope_id
+from solyd_swarm.core.lateness import SOLO
 from solyd_swarm.core.link import Link
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.core.wire import PeerInfo
@@ -31,9 +32,9 @@ class Scene:
     def link(self, puppet: Puppet) -> Link:
         return self.peer.overlay.neighbors[puppet.peer.id]
 
-    def next(self) -> wire.Gossip:
+    def next(self, age: int = 0) -> wire.Gossip:
         self.number += 1
-        return gossip(self.branch.seal(self.number, b"%d" % self.number), hops=2)
+        return gossip(self.branch.seal(self.number, b"%d" % self.number), age=age, hops=2)
 
     def usual(self, count: int = 3) -> None:
         """Messages that come over the tree, before anybody announces them."""
@@ -130,6 +131,31 @@ def test_a_second_failure_right_after_the_first_waits(seed: int) -> None:
     scene.fail()
     assert scene.peer.overlay.broadcast.refloods == 2
     assert grafts(scene.second) == 1
+
+
+def test_a_late_message_that_nobody_announced_is_a_failure_too(seed: int) -> None:
+    """All neighbours wait where the tree fails further up; then its age tells."""
+    scene = Scene(seed)
+    scene.usual(SOLO + 2)
+    message = scene.next(age=60)
+    scene.branch.send(scene.peer, message)
+    scene.child.send(scene.peer, message)
+    scene.net.run(0.1)
+    assert scene.peer.overlay.broadcast.refloods == 1
+    assert [grafts(each) for each in scene.all] == [0, 0, 1, 1]
+    assert all(scene.link(each).eager for each in scene.all)  # the second copy was late as well
+    scene.branch.send(scene.peer, scene.next(age=60))
+    scene.net.run(0.1)
+    assert scene.peer.overlay.broadcast.refloods == 1
+
+
+def test_what_was_caught_up_on_elsewhere_is_no_failure(seed: int) -> None:
+    """It is of age where it comes from; the tree has nothing to do with that."""
+    scene = Scene(seed)
+    scene.usual(SOLO + 2)
+    scene.branch.send(scene.peer, scene.next(age=60_000))
+    scene.net.run(0.1)
+    assert scene.peer.overlay.broadcast.refloods == 0
 
 
 def test_who_cannot_take_pushes_is_not_asked_for_them(seed: int) -> None:

@@ -204,19 +204,18 @@ class Broadcast:
             record.via, record.heard_at = link.peer, now
             if not link.congested:
                 link.make_eager(now)
-        if missing is None:
-            return ()
-        announcers = [peer for peer, _ in missing.announcers]
+        announcers = [peer for peer, _ in missing.announcers] if missing else []
         if not link.up:
             return announcers
         if jumped and not self.is_failing and self._reflood_pause.is_over(now):
             return self._reflood(link, record.id, now).union(announcers)
-        if missing.asked or jumped:
+        asked = missing.asked if missing else {}
+        if asked or jumped:
             # It had to be grafted: which copy came first is chance. Only a link that had to serve for it alone goes back to what it was.
             for peer, other in self._active.items():
-                if other is not link and missing.asked.get(peer, True):
+                if other is not link and asked.get(peer, True):
                     other.spare(record.id)
-        for peer, hops in missing.announcers:
+        for peer, hops in missing.announcers if missing else ():
             shorter = self._active.get(peer)
             if shorter is not None and self._optimize(shorter, hops, record, now):
                 break
@@ -229,12 +228,16 @@ class Broadcast:
             self._note_failure(False)
         elif missing is not None and missing.is_of_the_tree(record):
             self._note_failure(True)
-        assert record.envelope is not None
         lag = 0.0 if missing is None else now - missing.heard_at
-        jumped = self._lateness.has_jumped(record.envelope.author, link.peer, lag)
+        jumped = self._has_jumped(record, link.peer, lag, now)
         if missing is not None and not was_asked and not jumped:
             self._lateness.sample(lag)
         return jumped
+
+    def _has_jumped(self, record: Record, via: bytes, lag: float, now: float) -> bool:
+        assert record.envelope is not None
+        age = now - record.born
+        return age - lag < DIVIDED_AGE and self._lateness.has_jumped(record.envelope.author, via, lag, age)
 
     def _reflood(self, link: Link | None, id: bytes, now: float) -> set[bytes]:
         """The tree has failed somewhere before us, and whose graft was the quickest says little about ways: so the next envelope comes
@@ -309,7 +312,7 @@ class Broadcast:
             return
         if missing.asked:
             self._note_failure(True)
-        jumped = self._lateness.has_jumped(record.envelope.author, b"", now - missing.heard_at)
+        jumped = self._has_jumped(record, b"", now - missing.heard_at, now)
         if jumped and not self.is_failing and self._reflood_pause.is_over(now):
             self._reflood(None, id, now)
 

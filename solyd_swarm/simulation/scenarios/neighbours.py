@@ -1,5 +1,6 @@
 """One neighbour that does not do its part: it forwards nothing, hears only, does not read, or says two things at once."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
@@ -202,6 +203,7 @@ def slow_neighbour(size: int, seed: int, progress: Progress) -> Outcome:
     for number in range(usual.neighbours):
         progress((1 + number) / (1 + usual.neighbours))
         runs.append(_measure(size, seed, bytes_each, number, usual.latencies))
+        gc.collect()  # a swarm is full of cycles, and of what it has stored
     _tell_changes(outcome, runs)
     before, after = percentile(usual.all, 0.99), max(percentile(each.all, 0.99) for each in runs)
     outcome.note("latency p99 of all others, usually / worst with a slow one, ms", f"{1000 * before:.1f} / {1000 * after:.1f}")
