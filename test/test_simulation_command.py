@@ -413,9 +413,9 @@ def test_interrupted_in_a_fork(jobs: str, to_all: bool) -> None:
 
 
 def forked(process: psutil.Process) -> bool:
-    """Whether it has its parent's command line: it was forked, and started no other program."""
+    """Whether it has its parent's command line and is at work: it was forked, and is not just about to start another program."""
     try:
-        return bool(process.cmdline() == process.parent().cmdline())
+        return bool(process.cmdline() == process.parent().cmdline() and process.cpu_times().user > 0.1)
     except (psutil.Error, AttributeError):
         return False
 
