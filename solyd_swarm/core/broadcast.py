@@ -229,15 +229,15 @@ class Broadcast:
         elif missing is not None and missing.is_of_the_tree(record):
             self._note_failure(True)
         lag = 0.0 if missing is None else now - missing.heard_at
-        jumped = self._has_jumped(record, link.peer, lag, now)
+        jumped = self._has_jumped(record, lag, now)
         if missing is not None and not was_asked and not jumped:
             self._lateness.sample(lag)
         return jumped
 
-    def _has_jumped(self, record: Record, via: bytes, lag: float, now: float) -> bool:
+    def _has_jumped(self, record: Record, lag: float, now: float) -> bool:
         assert record.envelope is not None
         age = now - record.born
-        return age - lag < DIVIDED_AGE and self._lateness.has_jumped(record.envelope.author, via, lag, age)
+        return age - lag < DIVIDED_AGE and self._lateness.has_jumped(record.envelope.author, lag, age)
 
     def _reflood(self, link: Link | None, id: bytes, now: float) -> set[bytes]:
         """The tree has failed somewhere before us, and whose graft was the quickest says little about ways: so the next envelope comes
@@ -312,7 +312,7 @@ class Broadcast:
             return
         if missing.asked:
             self._note_failure(True)
-        jumped = self._has_jumped(record, b"", now - missing.heard_at, now)
+        jumped = self._has_jumped(record, now - missing.heard_at, now)
         if jumped and not self.is_failing and self._reflood_pause.is_over(now):
             self._reflood(None, id, now)
 

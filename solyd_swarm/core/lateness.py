@@ -2,8 +2,6 @@
 
 from solyd_swarm.core.roundtrip import Peak, RoundTrip
 
-MAX_AUTHORS = 256
-"""Authors whose last lag is kept: bounds a flood of fresh keys. The one unheard of for longest is forgotten."""
 SOLO = 16
 """Envelopes in a row by one author after which the tree is taken to serve nobody else."""
 USUAL_FADING = 0.97
@@ -26,11 +24,11 @@ class Lateness:
         self._mean = RoundTrip()
         self._longest = Peak()
         self._usual = Peak(USUAL_FADING)  # of every envelope, also of those that came first, but for sudden lags
-        self._last: dict[bytes, tuple[float, bytes]] = {}  # by author: lag and neighbour of the last envelope
-        # The author of the last envelope, how many in a row are its, and its age when it came.
-        self._latest = b""
+        # The author of the last envelope, how many before that were its in a row, its age when it came, and its lag.
+        self._author = b""
         self._in_a_row = 0
         self._age = 0.0
+        self._lag = 0.0
 
     def sample(self, lag: float) -> None:
         """Takes in the lag of what nobody was asked for."""
@@ -49,33 +47,26 @@ class Lateness:
         first = self._initial if round_trip is None else max(self._initial, GRAFT_HOPS / 2 * round_trip)
         return self._longest.timeout(min(first, self._most), self._least, self._most)
 
-    def has_jumped(self, author: bytes, via: bytes, lag: float, age: float) -> bool:
-        """Whether the tree has failed an envelope somewhere: it lags so much more than the author's last one, and than envelopes do here,
-        that somebody must have grafted it, at least a timeout later.
+    def has_jumped(self, author: bytes, lag: float, age: float) -> bool:
+        """Whether the tree has failed an envelope somewhere: it lags so much more than the last one, and than envelopes do here, that
+        somebody must have grafted it, at least a timeout later. What it is older than the last one was on arrival is a lag too: nobody
+        announces anything where all neighbours wait.
 
-        Where one author speaks alone, what an envelope is older than its last one was is a lag too: nobody announces anything where
-        all neighbours wait. Where there are several, it must come from another neighbour than the author's last one did. What is the
-        fastest way for one is none for the next; so those who still hear of it as before leave the tree at rest.
+        Only where one author speaks alone. With several the tree is a compromise, in which lags come and go with every swap; if each
+        made somebody seek what is the fastest way for whoever speaks next, it would not come to rest.
 
         Args:
-            via: the neighbour that brought it; none where it was pulled.
             age: seconds since publication.
         """
-        self._in_a_row = self._in_a_row + 1 if author == self._latest else 0
-        alone = self._in_a_row >= SOLO
-        growth = age - self._age if alone else 0.0
-        self._latest, self._age = author, age
-        before = self._last.pop(author, None)
-        late = max(lag, growth)
-        self._last[author] = late, via
-        if len(self._last) > MAX_AUTHORS:
-            del self._last[next(iter(self._last))]
-        if before is not None and (alone or via != before[1]):
-            # Announcements are gathered, and so are off by more than ages are.
-            usual = 2 * before[0] + self._usual.timeout(self._least, self._least, self._most)
-            if growth > usual or lag > max(usual, self._initial / 2):
-                return True
-        self._usual.sample(late)
+        self._in_a_row = self._in_a_row + 1 if author == self._author else 0
+        is_alone = self._in_a_row >= SOLO
+        growth = age - self._age if is_alone else 0.0
+        # Announcements are gathered, and so are off by more than ages are.
+        usual = 2 * self._lag + self._usual.timeout(self._least, self._least, self._most)
+        self._author, self._age, self._lag = author, age, max(lag, growth)
+        if is_alone and (growth > usual or lag > max(usual, self._initial / 2)):
+            return True
+        self._usual.sample(self._lag)
         return False
 
 
