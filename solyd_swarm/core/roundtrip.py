@@ -6,7 +6,7 @@ _VARIANCES = 4
 _GRANULARITY = 0.005
 """Seconds that a timer, a busy loop or a batch may add without the network having anything to do with it."""
 
-FADING = 0.99
+_FADING = 0.99
 
 
 class RoundTrip:
@@ -46,7 +46,7 @@ class Peak:
 
     __slots__ = ("_fading", "seconds")
 
-    def __init__(self, fading: float = FADING) -> None:
+    def __init__(self, fading: float = _FADING) -> None:
         self._fading = fading
         self.seconds: float | None = None
 

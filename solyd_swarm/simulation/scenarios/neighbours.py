@@ -241,14 +241,14 @@ def _tell_changes(outcome: Outcome, runs: list[_Measured]) -> None:
             f"{max(over):+.1%} of {len(over)}",
             max(over) <= 0.1,
         )
-        # Another way is longer. No tree over these active views does better.
+        # What was wished for is 10 % here too. It is not met: other ways are longer, over these active views.
         outcome.note(
             "the same against what it was: worst, mean",
             f"{max(below):+.1%}, {sum(below) / len(below):+.1%}",
-            f"at least, by the fastest way left: {max(least):+.1%}, {sum(least) / len(least):+.1%}",
+            f"<= 10 % wished for; the fastest way left: {max(least):+.1%}, {sum(least) / len(least):+.1%}",
         )
-    held_up = sum(change > 0.1 for change in aside + over)
-    outcome.note("peers held up longer than that", str(held_up), "all of its neighbours' (iroh-gossip, issue 47)")
+    later = sum(change > 0.1 for change in aside + below)
+    outcome.note("peers more than 10 % later than they were", f"{later} of {len(aside) + len(below)}", "0")
     outcome.figures |= {"worst_change": worst, "worst_over_fastest": max(over, default=0.0), "worst_below": max(below, default=0.0)}
 
 
