@@ -1,7 +1,9 @@
 """The log: what becomes of an envelope, how long what is kept, and that the digest holds exactly what is known."""
 
+from dataclasses import replace
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -237,14 +239,49 @@ def test_what_is_remembered_of_dropped_ids_is_bounded(monkeypatch: pytest.Monkey
 def test_an_id_that_is_said_to_be_gone_enters_the_digest_and_gives_way_to_the_envelope() -> None:
     log = make_log()
     assert log.add_gone(make().id, 77, 1.0, 5.0)
-    assert not log.add_gone(make().id, 78, 1.0, 5.0)
-    assert (77, make().id) in log.items
+    assert not log.add_gone(make().id, 77, 1.0, 5.0)
+    assert list(log.items) == [(77, make().id)]
     assert log.holds(make().id)
     assert not log.witnessed(make().id)
-    assert log.hearsay(5, 0.0) == [make().id]
+    assert log.has_hearsay(4.0)
+    assert not log.has_hearsay(4.1)
     assert log.add(make(), 2.0, 0, 5.0) is Outcome.ACCEPTED
     assert list(log.items) == [(1, make().id)]
-    assert log.hearsay(5, 0.0) == []
+    assert not log.has_hearsay(0.0)
+    assert log.hearsay_ranges() == []
+
+
+def test_another_timestamp_takes_the_place_of_a_wrong_one() -> None:
+    log = make_log()
+    log.add_gone(make().id, 77, 1.0, 5.0)
+    assert log.add_gone(make().id, 78, 1.0, 5.0)
+    assert list(log.items) == [(78, make().id)]
+    log.add(make(), 2.0, 0, 5.0)
+    assert not log.add_gone(make().id, 79, 1.0, 5.0)
+    assert list(log.items) == [(1, make().id)]
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(1, 5), st.integers(1, 5))
+def test_hearsay_is_sought_by_the_ends_of_its_rows(gone: list[bool], batch: int, most: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MAX_BATCH", batch)
+        patch.setattr(module, "MAX_SEEK", most)
+        log = make_log()
+        for place, is_gone in enumerate(gone, 1):
+            if is_gone:
+                log.add_gone(make(place).id, place, 1.0, 5.0)
+            else:
+                log.add(replace(make(place), time=place), 1.0, 0, 5.0)
+        found: list[int] = []
+        timestamps = [timestamp for timestamp, _ in log.items]
+        hearsay = {timestamp for timestamp, id in log.items if not log.witnessed(id)}
+        for ranges in log.hearsay_ranges():
+            within = [at for (first, _), (last, _) in ranges for at in timestamps if first <= at <= last]
+            assert len(ranges) <= most
+            assert len(within) <= batch
+            found += within
+    assert sorted(found) == sorted(hearsay)
+    assert log.hearsay_ranges() is log.hearsay_ranges()
 
 
 def test_expired_hearsay_does_not_keep_the_envelope_out() -> None:

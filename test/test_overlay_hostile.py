@@ -11,6 +11,7 @@ from solyd_swarm.core import wire
 from solyd_swarm.core.doubts import MAX_DOUBTS
 from solyd_swarm.core.events import Close, Received
 from solyd_swarm.core.order import OVERHEAD
+from solyd_swarm.core.ordered import fingerprint_of
 from solyd_swarm.core.wire import ALL_FRAMES, Frame, PeerInfo, encode
 from solyd_swarm.simulation.network import Network
 from solyd_swarm.simulation.peer import Peer
@@ -44,9 +45,11 @@ class Fiend:
             wire.Reconcile: lambda: wire.Reconcile(self.round(), rng.random() < 0.5, self.negentropy()),
             wire.Have: lambda: wire.Have(self.ids()),
             wire.Done: lambda: wire.Done(self.round()),
-            wire.Pull: lambda: wire.Pull(self.ids(), self.age()),
+            wire.Pull: lambda: wire.Pull(self.ids(), self.age(), [(self.id(), self.id()) for _ in range(rng.choice([0, 0, 1, 40]))]),
             wire.Transfer: lambda: wire.Transfer(self.age(), self.hops(), *self.body()),
             wire.Gone: lambda: wire.Gone(self.id(), rng.random() < 0.5, rng.choice([0, 1, 2**63 - 1]), self.age()),
+            wire.GoneRun: self.gone_run,
+            wire.Seek: lambda: wire.Seek(self.age(), [(self.item(), self.item()) for _ in range(rng.choice([0, 1, 3, 40]))]),
             wire.Proof: lambda: wire.Proof(self.age(), *self.body(), *self.body()),
         }
 
@@ -70,6 +73,18 @@ class Fiend:
 
     def ids(self) -> list[bytes]:
         return [self.id() for _ in range(self.rng.choice([0, 1, 1, 3, 40]))]
+
+    def item(self) -> tuple[int, bytes]:
+        known = list(self.rng.choice(self.peers).overlay.log.items)
+        return self.rng.choice([*known, (self.rng.choice([0, 1, 2**63 - 1]), self.id())])
+
+    def gone_run(self) -> wire.GoneRun:
+        """Mostly of what the puppet was asked for, for any other is an answer to nothing."""
+        asked = [pull.ids for pull in self.puppet.heard_of(wire.Pull)[-3:] if pull.ids]
+        ids = self.rng.choice([*asked, *asked, self.ids() or [self.id()]])
+        timestamps = [self.rng.choice([0, 1, 10**15])] + [self.rng.randrange(-1, 2) for _ in ids[1:]]
+        ages = [abs(self.age() - 10)] + [self.rng.randrange(-1, 2) for _ in ids[1:]]
+        return wire.GoneRun(ids[0], ids[-1], self.rng.choice([fingerprint_of(ids), bytes(16)]), timestamps, ages)
 
     def info(self) -> PeerInfo:
         if self.rng.random() < 0.5:

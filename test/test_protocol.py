@@ -397,6 +397,7 @@ def frame_fields(v: Vectors) -> dict[str, list[Any]]:
     me = [instance, [["192.0.2.1", 4001], ["2001:db8::1", 4001]]]
     you = [v["noise.r.instance"], [["2001:db8::1", 5001]]]
     one, two = (under(v, f"envelope.{name}.") for name in ("first", "second"))
+    items = [(each["fields"][4], each["id"]) for each in (one, two)]
     pull = [[one["id"]], 600_000, [[v["envelope.equivocation_id"], two["id"]]]]
     return {
         "join": [], "forward_join": [me, 6], "neighbor": [True], "neighbor_reply": [True, [you]], "shuffle": [me, 5, [you]],
@@ -406,6 +407,8 @@ def frame_fields(v: Vectors) -> dict[str, list[Any]]:
         "summary": [9, 3, v["digest.fingerprint"]], "in_sync": [9], "reconcile": [9, True, v["digest.first_message"], 2],
         "have": [[one["id"]]], "done": [9], "pull": pull, "transfer": [1250, 3, two["body"], two["signature"]],
         "gone": [two["id"], True, two["fields"][4], 700_000],
+        "gone_run": [one["id"], two["id"], fingerprint_of(items), [items[0][0], items[1][0] - items[0][0]], [700_000, -1000]],
+        "seek": [600_000, [[list(items[0]), list(items[1])]]],
         "proof": [1250, one["body"], one["signature"], two["body"], two["signature"]],
     }  # fmt: skip
 

@@ -170,6 +170,14 @@ PEER = PeerInfo(ID, (("192.0.2.1", 1),))
         wire.Summary(2**53, 0, bytes(16)),
         wire.Summary(0, 0, bytes(17)),
         wire.Gone(ID, True, 2**63, 0),
+        wire.GoneRun(ID, ID, bytes(15), [1], [1]),
+        wire.GoneRun(ID, ID, bytes(16), [1] * (wire.MAX_BATCH + 1), [1]),
+        wire.GoneRun(ID, ID, bytes(16), [2**63], [1]),
+        wire.GoneRun(ID, ID, bytes(16), [1], [-wire.MAX_AGE - 1]),
+        wire.Seek(-1, []),
+        wire.Seek(0, [((0, ID), (0, ID))] * (wire.MAX_SEEK + 1)),
+        wire.Seek(0, [((-1, ID), (0, ID))]),
+        wire.Seek(0, [((0, ID), (0, bytes(31)))]),
         wire.Ack(-1),
     ],
 )
@@ -185,6 +193,26 @@ def test_what_is_just_within_bounds_is_taken() -> None:
         wire.Disconnect([PeerInfo(ID, (("x" * 64, 65535),) * wire.MAX_ADDRESSES)] * wire.MAX_PEERS),
     ):
         assert decode(encode(frame)) == frame
+
+
+def test_a_run_of_what_is_gone_tells_differences() -> None:
+    assert wire.GoneRun(ID, ID, bytes(16), [5, 2, -3], [9, -2, 1]).entries() == [(5, 9), (7, 7), (4, 8)]
+    assert wire.GoneRun(ID, ID, bytes(16), [], []).entries() == []
+
+
+@pytest.mark.parametrize(
+    ("timestamps", "ages"),
+    [
+        ([1, 2], [1]),
+        ([1, -2], [0, 0]),
+        ([wire.MAX_TIMESTAMP, 1], [0, 0]),
+        ([0, 0], [1, -2]),
+        ([0, 0], [wire.MAX_AGE, 1]),
+    ],
+)
+def test_a_run_of_what_cannot_be_is_refused(timestamps: list[int], ages: list[int]) -> None:
+    with pytest.raises(RemoteProtocolError):
+        wire.GoneRun(ID, ID, bytes(16), timestamps, ages).entries()
 
 
 def test_an_entry_made_of_what_a_source_says_is_taken_by_every_member() -> None:

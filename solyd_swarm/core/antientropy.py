@@ -9,15 +9,15 @@ sets are equal and idle. Whatever is not answered in time is said again, for a w
 import random
 from collections.abc import Callable
 
-from solyd_swarm.core.broadcast import SERVED_BYTES
 from solyd_swarm.core.catchup import MUCH, CatchUp
 from solyd_swarm.core.events import Action, Send
-from solyd_swarm.core.link import Link
+from solyd_swarm.core.link import SERVED_BYTES, Link
 from solyd_swarm.core.log import Log
 from solyd_swarm.core.ordered import ID_SIZE
 from solyd_swarm.core.pulling import AntiEntropyConfig, Puller
 from solyd_swarm.core.reconcile import Negentropy
-from solyd_swarm.core.wire import Done, Frame, Gone, Have, InSync, Proof, Pull, Reconcile, Summary, encode
+from solyd_swarm.core.serving import Server
+from solyd_swarm.core.wire import Done, Frame, Gone, GoneRun, Have, InSync, Proof, Pull, Reconcile, Seek, Summary, encode
 from solyd_swarm.errors import RemoteProtocolError
 
 __all__ = ["AntiEntropy", "AntiEntropyConfig", "check_proof"]
@@ -105,7 +105,8 @@ class AntiEntropy:
         on_settled: Callable[[Link, bool, float], None],
     ) -> None:
         self.config = config
-        self.pulls = Puller(links, log, out, config, accept_age, own_first, self._drained)
+        self.pulls = Puller(links, log, out, config, accept_age, self._drained)
+        self.server = Server(log, out, own_first)
         self._catchup = CatchUp(config.patience)
         self._links = links
         self._active = active
@@ -193,9 +194,13 @@ class AntiEntropy:
             case Done():
                 self._done(link, frame, now)
             case Pull():
-                self.pulls.serve(link, frame, now)
+                self.server.serve(link, frame, now)
+            case Seek():
+                self.server.sought(link, frame, now)
             case Gone():
                 self.pulls.gone(link, frame, now)
+            case GoneRun():
+                self.pulls.gone_run(link, frame, now)
 
     def _summarised(self, link: Link, frame: Summary, now: float) -> None:
         session = self._session(link)
@@ -265,7 +270,7 @@ class AntiEntropy:
         if session.resends == 0:
             link.round_trip.sample(now - session.asked_at)
         result = session.negentropy.reconcile(frame.message)
-        self.pulls.offer(link, result.have, now)
+        self.server.offer(link, result.have, now)
         session.lead_from = max(now, session.lead_from) + ID_SIZE * len(result.have) / OFFER_RATE
         self.pulls.enqueue(link, result.runs, now, soon=not session.settled)
         if result.reply is not None:

@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from solyd_swarm.core.doubts import DIVIDED_AGE, Doubts
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.lateness import Lateness, Pause
-from solyd_swarm.core.link import Link
+from solyd_swarm.core.link import SERVED_BYTES, Link
 from solyd_swarm.core.log import Log, Record
 from solyd_swarm.core.wire import MAX_BATCH, Frame, Gossip, Graft, Have, Ihave, Prune, encode
 from solyd_swarm.errors import RemoteProtocolError
@@ -23,9 +23,6 @@ GAINS = 16
 """Announcements over which it is averaged how much shorter another branch would be."""
 PRUNE_PAUSE = 1.0
 """Seconds before a Prune is repeated to a peer that goes on pushing: a crossing Graft may have undone it at the other end."""
-SERVED_BYTES = 1024 * 1024
-"""Bytes of bodies (and digests) that the frames received together may ask for: bounds small frames that ask for all there is, again
-and again. The rest is offered, to be pulled when these have come."""
 
 
 @dataclass(frozen=True, slots=True)

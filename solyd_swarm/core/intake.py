@@ -13,11 +13,6 @@ from solyd_swarm.core.order import Delivery, Sequencer
 from solyd_swarm.core.wire import MAX_HOPS, Gossip, Proof, Transfer
 from solyd_swarm.errors import RemoteProtocolError
 
-MAX_TRANSIT = 1.0
-"""Seconds, at most, that an envelope is taken to have been on its way, half a round trip: bounds a peer that answers late to make what
-it relays look old. Without it members far apart would let an id expire at times that differ by all the hops between them, and
-digests would differ at every moment."""
-
 
 class Intake:
     """Takes in Gossip, Transfer and Proof of one topic. It appends what is to be done to `out`.
@@ -135,7 +130,7 @@ class Intake:
     def _take(self, link: Link, id: bytes, frame: Gossip | Transfer, now: float, *, pulled: bool) -> tuple[Record, Envelope] | None:
         """Verifies an envelope and offers it to the log; its record and itself where it is new, to be relayed and delivered."""
         envelope = open_envelope(self._topic_id, frame.body, frame.signature, self._verify, id=id)
-        age = frame.age / 1000 + min(MAX_TRANSIT, (link.round_trip.smoothed or 0.0) / 2)
+        age = frame.age / 1000 + link.round_trip.transit
         if age > self._accept_age(now):
             # Not wanted: published before we joined (without replay), or older than what we keep.
             self._antientropy.pulls.said_gone(link, id, envelope.time, age, now)
@@ -189,4 +184,4 @@ class Intake:
         self._out.append(Equivocated(author, epoch, record.proof))
         for peer, link in self._active.items():
             if peer != without:
-                self._antientropy.pulls.show(link, record.proof, self._log.age_ms(record, now))
+                self._antientropy.server.show(link, record.proof, self._log.age_ms(record, now))

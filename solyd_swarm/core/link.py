@@ -18,8 +18,9 @@ are then not acknowledged one by one; the next digest round that finds the sets 
 MAX_UNHELD = 65_536
 """Our own envelopes that a peer is not known to hold: bounds one that never acknowledges. Past it only a digest round that finds
 the sets equal tells."""
-
-
+SERVED_BYTES = 1024 * 1024
+"""Bytes of bodies (and digests) that the frames received together may ask for: bounds small frames that ask for all there is, again
+and again. The rest is offered, to be pulled when these have come."""
 MAX_SPARED = 64
 """Envelopes of which a second copy is on its way, per link: bounds those that never come."""
 

@@ -7,16 +7,15 @@ wall clock matters.
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from heapq import heapify, heappop, heappush
-from itertools import islice
 
 from solyd_swarm.core.envelope import Envelope, equivocate, equivocation_id
 from solyd_swarm.core.ledger import Ledger
 from solyd_swarm.core.reconcile import ItemSet
-from solyd_swarm.core.wire import MAX_AGE
+from solyd_swarm.core.wire import MAX_AGE, MAX_BATCH, MAX_SEEK, Item
 
 # Ten minutes: a laptop that sleeps for a moment, or a script that is edited and started again, misses nothing.
 DEFAULT_WINDOW = 600.0
@@ -33,6 +32,10 @@ MAX_DROPPED = 65_536
 
 AGE_SLACK = 2.0
 """Seconds: ages leave out the time on the way."""
+
+
+Ranges = list[tuple[Item, Item]]
+"""Of the digest: the first and the last item of each."""
 
 
 class Outcome(Enum):
@@ -113,6 +116,7 @@ class Log:
         self._ranges: dict[tuple[bytes, int], list[tuple[int, bytes]]] = {}
         self._ids: dict[tuple[bytes, int], dict[bytes, None]] = {}
         self._hearsay: dict[bytes, None] = {}
+        self._ranges_of_hearsay: list[Ranges] | None = None
         self._dropped: OrderedDict[bytes, None] = OrderedDict()
         self._floor = float("-inf")
         self.changes = 0
@@ -144,9 +148,42 @@ class Log:
         record = self._records.get(id)
         return record is None or record.stream is None or record.stream[0] == author
 
-    def hearsay(self, most: int, since: float = float("-inf")) -> list[bytes]:
-        """Ids known as gone by hearsay only, published since then as is said, at most so many, the latest first."""
-        return list(islice((id for id in reversed(self._hearsay) if self._records[id].born >= since), most))
+    def has_hearsay(self, since: float) -> bool:
+        """Whether anything is known as gone by hearsay only, and published since then, as is said."""
+        return any(self._records[id].born >= since for id in reversed(self._hearsay))
+
+    def hearsay_ranges(self) -> list[Ranges]:
+        """What is known as gone by hearsay only: first and last item of each row in the digest, the latest first, as many in each
+        list as one frame may ask for. What has expired since this changed last may be among it."""
+        if self._ranges_of_hearsay is None:
+            self._ranges_of_hearsay = list(self._cut(self._hearsay_rows() if self._hearsay else []))
+        return self._ranges_of_hearsay
+
+    @staticmethod
+    def _cut(rows: list[list[Item]]) -> Iterator[Ranges]:
+        """Rows by their ends; no list covers more than `MAX_BATCH` items."""
+        ranges: Ranges = []
+        left = MAX_BATCH
+        for row in rows:
+            while row:
+                part, row = row[-left:], row[:-left]
+                ranges.append((part[0], part[-1]))
+                left -= len(part)
+                if not left or len(ranges) == MAX_SEEK:
+                    yield ranges
+                    ranges, left = [], MAX_BATCH
+        if ranges:
+            yield ranges
+
+    def _hearsay_rows(self) -> list[list[Item]]:
+        """Items of which only hearsay is known, in rows with none of others between, the latest first."""
+        rows: list[list[Item]] = [[]]
+        for item in self.items:
+            if item[1] in self._hearsay:
+                rows[-1].append(item)
+            elif rows[-1]:
+                rows.append([])
+        return [row for row in reversed(rows) if row]
 
     def max_age(self, now: float) -> float:
         """Seconds of age beyond which we want no body."""
@@ -187,6 +224,7 @@ class Log:
         if record is not None:
             # So far known by hearsay only, as gone: now that it is here, what it says itself counts.
             self._remove(record)
+            self._ranges_of_hearsay = None
         if not refused:
             self.ledger.mark(*stream, envelope.first, envelope.last)
         self._insert(Record(envelope.id, envelope.time, born, hops, stream, envelope.shed()))
@@ -194,7 +232,13 @@ class Log:
         return Outcome.KNOWN if refused else Outcome.ACCEPTED
 
     def add_gone(self, id: bytes, timestamp: int, age: float, now: float) -> bool:
-        """Learns an id whose body is not to be had (or not wanted). False where it is known, or too old to matter."""
+        """Learns an id whose body is not to be had (or not wanted). False where it is known, or too old to matter.
+
+        Of what was hearsay before, the latest word counts: by a wrong timestamp it would differ from others' for ever.
+        """
+        record = self._records.get(id)
+        if record is not None and record.stream is None and record.timestamp != timestamp:
+            self._remove(record)
         if self.holds(id) or self._too_old(now - age, now):
             return False
         self._insert(Record(id, timestamp, now - age))
@@ -293,6 +337,7 @@ class Log:
             self._ids.setdefault(record.stream, {})[record.id] = None
         else:
             self._hearsay[record.id] = None
+            self._ranges_of_hearsay = None
         heappush(self._by_birth, (record.born, record.id))
         if size:
             self.bytes += size

@@ -37,6 +37,12 @@ def fingerprint(total: int, count: int) -> bytes:
     return digest.digest()[:FINGERPRINT_SIZE]
 
 
+def fingerprint_of(ids: Iterable[bytes]) -> bytes:
+    """The 16 bytes that stand for these ids, in whatever order."""
+    values = [int.from_bytes(id, "little") for id in ids]
+    return fingerprint(sum(values), len(values))
+
+
 def make_key(timestamp: int, id: bytes) -> bytes:
     """The 40-byte key of an item. Raises `ValueError` for a timestamp outside ``[0, INFINITY)`` or an id not of 32 bytes."""
     if not 0 <= timestamp < INFINITY:
@@ -159,8 +165,8 @@ class ItemSet:
 
     def between(self, first: tuple[int, bytes], last: tuple[int, bytes], most: int) -> list[bytes]:
         """The ids of the items from ``first`` to ``last``, both included, in item order; ``most`` of them at most."""
-        lower, upper = self.index(make_key(*first)), self.index(make_key(*last)) + 1
-        return self.ids(lower, min(upper, lower + most, self._count))
+        lower, upper = self.index(make_key(*first)), self.index(make_key(*last)) + (last in self)
+        return self.ids(lower, min(upper, lower + most))
 
     def _find(self, bound: bytes) -> tuple[int, int, bool]:
         """(block, position in it, whether the key there is ``bound``): where ``bound`` is or would be."""

@@ -140,7 +140,7 @@ class Overlay:
             patience=config.antientropy.patience,
             open_round=self.antientropy.open_round,
             lacks=self.antientropy.pulls.lacks,
-            ask=self.antientropy.pulls.ask_again,
+            ask=self.antientropy.pulls.seek,
         )
         self._now = 0.0
         self._joined_at: float | None = None
@@ -241,7 +241,7 @@ class Overlay:
         self.intake.trust(link.peer, self._now)
         self.broadcast.neighbor_up(link)
         link.covers_from(self.published)
-        self.antientropy.pulls.ask_again(link, self._now)
+        self.antientropy.pulls.seek(link, self._now)
         if self._settle_at is None and not self.sequencer.settled:
             self._settle_at = self._now + SETTLE_TIMEOUT
         # One of the two opens the first round; both would only do the work twice. A round that ended before we published more, or
@@ -301,7 +301,7 @@ class Overlay:
             case wire.Have():
                 self.intake.told(link, frame.ids, now)
                 self.antientropy.handle(link, frame, now)
-            case wire.Summary() | wire.InSync() | wire.Reconcile() | wire.Done() | wire.Pull() | wire.Gone():
+            case wire.Summary() | wire.InSync() | wire.Reconcile() | wire.Done() | wire.Pull() | wire.Gone() | wire.GoneRun() | wire.Seek():
                 self.antientropy.handle(link, frame, now)
             case wire.Leave():
                 self._link_down(link.peer, "left", now, failed=False)

@@ -9,14 +9,14 @@ replay have no bodies of what others hold.
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain, islice
 
-from solyd_swarm.core.broadcast import SERVED_BYTES
-from solyd_swarm.core.doubts import DIVIDED_AGE
-from solyd_swarm.core.envelope import Envelope
 from solyd_swarm.core.events import Action, Send
-from solyd_swarm.core.link import Link
+from solyd_swarm.core.link import SERVED_BYTES, Link
 from solyd_swarm.core.log import Log
-from solyd_swarm.core.wire import MAX_BATCH, MAX_ENVELOPE, Gone, Have, Proof, Pull, Transfer, encode
+from solyd_swarm.core.ordered import fingerprint_of
+from solyd_swarm.core.serving import SHORT_RUN
+from solyd_swarm.core.wire import Gone, GoneRun, Pull, Seek, encode
 
 MAX_QUEUE = 65_536
 """Ids still to be pulled from one peer: bounds a peer that advertises what nobody has. What does not fit is found again by a
@@ -25,10 +25,8 @@ LOW_QUEUE = 4096
 """Ids left to be pulled from one peer at which it is asked for more: it lists them faster than it can give the bodies."""
 MAX_REFUSED = 65_536
 """Ids that a peer advertised and then did not give, per peer; they are not asked of it again for a while. The oldest go first."""
-SHORT_RUN = 2
-"""Ids that are asked for one by one; a longer run is asked for by its ends."""
-GONE_BYTES = 50
-"""Of an answer without a body: these count too, since a run asks for many of them in few bytes."""
+MAX_SEEKS = 32
+"""Frames in which a new neighbour is asked for what others say is gone: enough for all of it, unless it was made up to lie scattered."""
 MAX_SAID_ONCE = 65_536
 """Ids that one peer said are gone, until a second one does. The oldest go first."""
 
@@ -88,7 +86,6 @@ class Puller:
 
     Args:
         accept_age: seconds of age beyond which we want no body, at the time given.
-        own_first: first sequence of an envelope if it is our own, else 0.
         on_drain: told each time there is little or nothing left to be pulled from a link.
     """
 
@@ -99,7 +96,6 @@ class Puller:
         out: list[Action],
         config: AntiEntropyConfig,
         accept_age: Callable[[float], float],
-        own_first: Callable[[bytes], int],
         on_drain: Callable[[Link, float], None],
     ) -> None:
         self.config = config
@@ -107,13 +103,12 @@ class Puller:
         self._log = log
         self._out = out
         self._accept_age = accept_age
-        self._own_first = own_first
         self._on_drain = on_drain
         self._queues: dict[bytes, _Queue] = {}
         self._pulling: dict[bytes, bytes] = {}  # id -> the peer asked
         self._run = 0
         self._lacks = False  # whether something may be gone that we would still want
-        self._hearsay: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # id -> who said first that it is gone, when
+        self._hearsay: OrderedDict[bytes, tuple[bytes, float, int]] = OrderedDict()  # id -> who said that it is gone, when, its timestamp
 
     def link_down(self, link: Link) -> None:
         """What this peer owed us is asked of others, who may have it in their queues too."""
@@ -185,19 +180,25 @@ class Puller:
             if was_idle:
                 queue.progress_at = now
             ids = [id for run in batch if len(run) <= SHORT_RUN for id in run]
-            runs = [(run[0], run[-1]) for run in batch if len(run) > SHORT_RUN]
-            self._out.append(Send(link.peer, encode(Pull(ids, max(0, int(self._accept_age(now) * 1000)), runs))))
+            runs = [run for run in batch if len(run) > SHORT_RUN]
+            # In the order in which they are answered: who answers several together names the first and the last.
+            queue.asked |= dict.fromkeys(chain(ids, *runs), now)
+            self._out.append(Send(link.peer, encode(Pull(ids, self._max_age(link, now), [(run[0], run[-1]) for run in runs]))))
         if len(queue.todo) <= LOW_QUEUE:
             self._on_drain(link, now)
+
+    def _max_age(self, link: Link, now: float) -> int:
+        """Milliseconds of age beyond which a body is not wanted, by when the peer is asked for it."""
+        return max(0, int((self._accept_age(now) + link.round_trip.transit) * 1000))
 
     def _next_batch(self, link: Link, queue: _Queue, now: float) -> list[list[bytes]]:
         """What is due and may be asked for now, in runs."""
         batch: list[list[bytes]] = []
-        most = queue.batch(self.config.pull_batch)
+        left = queue.batch(self.config.pull_batch) - len(queue.asked)
         last = 0
         for _ in range(len(queue.todo)):
             id, (due, run) = next(iter(queue.todo.items()))
-            if due > now or len(queue.asked) >= most:
+            if due > now or left <= 0:
                 break
             del queue.todo[id]
             if self._log.witnessed(id):
@@ -208,7 +209,7 @@ class Puller:
                 last = 0
             else:
                 self._pulling[id] = link.peer
-                queue.asked[id] = now
+                left -= 1
                 if run == last:
                     batch[-1].append(id)
                 else:
@@ -241,10 +242,10 @@ class Puller:
             self.pull_on(link, now)
         return not queue.asked
 
-    def refuse(self, link: Link, id: bytes, now: float, *, silent: bool = False) -> None:
-        """Not to be asked of this peer again for a while."""
+    def refuse(self, link: Link, id: bytes, now: float, *, silent: bool = False, briefly: bool = False) -> None:
+        """Not to be asked of this peer again for a while; it was `silent`, or may yet hear of it."""
         refused = self._queue(link).refused
-        refused[id] = (now + (self.config.silent_ttl if silent else self.config.refused_ttl), silent)
+        refused[id] = (now + (self.config.silent_ttl if silent or briefly else self.config.refused_ttl), silent)
         refused.move_to_end(id)
         if len(refused) > MAX_REFUSED:
             refused.popitem(last=False)
@@ -253,97 +254,85 @@ class Puller:
         """The peer has no body to give."""
         if frame.id not in self._queue(link).asked:
             return
-        link.excuse(frame.id)
         if frame.known:
-            self.said_gone(link, frame.id, frame.timestamp, frame.age / 1000, now)
+            self._all_gone(link, [frame.id], [(frame.timestamp, frame.age)], now)
         else:
-            self.refuse(link, frame.id, now)
-        self.answered(link, frame.id, now)
+            link.excuse(frame.id)
+            self.refuse(link, frame.id, now, briefly=True)
+            self.answered(link, frame.id, now)
+
+    def gone_run(self, link: Link, frame: GoneRun, now: float) -> None:
+        """The peer has no bodies to give of several that it was asked for."""
+        queue, entries = self._queue(link), frame.entries()
+        if frame.first not in queue.asked or frame.last not in queue.asked:
+            return
+        ids = _between(queue.asked, frame.first, frame.last)
+        if len(ids) == len(entries) and fingerprint_of(ids) == frame.fingerprint:
+            self._all_gone(link, ids, entries, now)
+            return
+        # What it holds is not what it listed any more, or it lies: one by one there is no doubt which ones are meant.
+        self._release(queue, ids)
+        self._put_back(queue, ids, now, together=False)
+
+    def _all_gone(self, link: Link, ids: list[bytes], entries: list[tuple[int, int]], now: float) -> None:
+        """The peer says so of these, with timestamps and ages in milliseconds."""
+        doubted: list[bytes] = []
+        missed: list[bytes] = []
+        others = self._others(link)
+        for id, (timestamp, age) in zip(ids, entries, strict=True):
+            link.excuse(id)
+            if not self._is_believed(link, id, timestamp, now, alone=not others):
+                doubted.append(id)
+            elif self._believe(id, timestamp, age / 1000 + link.round_trip.transit, now):
+                missed.append(id)
+        # A second one is asked at once, by the ends of runs: in a round with it, it would list them all again.
+        for other in others[:1]:
+            self.enqueue(other, [doubted], now, soon=True)
+        for other in others if missed else ():
+            self.enqueue(other, [missed], now, soon=False)
+        for id in ids:
+            self.answered(link, id, now)
 
     def said_gone(self, link: Link, id: bytes, timestamp: int, age: float, now: float) -> None:
-        """The peer says that there is no body, or none young enough. `age` in seconds."""
-        self.refuse(link, id, now)
-        first, at = self._hearsay.setdefault(id, (link.peer, now))
-        if first == link.peer and now < at + self.config.refused_ttl:
-            if len(self._hearsay) > MAX_SAID_ONCE:
-                self._hearsay.popitem(last=False)
-            return
-        del self._hearsay[id]
-        if self._log.add_gone(id, timestamp, age, now) and age <= self._accept_age(now):
-            # It is in our digest from now on: no round will show any more that we lack the body.
-            self._lacks = True
-            for other in self._links.values():
-                if other.up and other is not link:
-                    self.enqueue(other, [[id]], now, soon=False)
+        """The peer gave a body that is too old for us: as good as its word that there is none. `age` in seconds."""
+        if self._is_believed(link, id, timestamp, now, alone=not self._others(link)):
+            self._believe(id, timestamp, age, now)
 
-    def ask_again(self, link: Link, now: float) -> None:
-        """Somebody else may have what others said is gone, and be it because it was too old: that may be a lie, too."""
-        self.enqueue(link, ([id] for id in self._log.hearsay(MAX_BATCH)), now, soon=False)
+    def _others(self, link: Link) -> list[Link]:
+        """All other neighbours."""
+        return [other for other in self._links.values() if other.up and other is not link]
+
+    def _is_believed(self, link: Link, id: bytes, timestamp: int, now: float, *, alone: bool) -> bool:
+        """Notes that the peer says that a body is gone; whether that is enough: two say so, or one does for long, or there is no
+        other (new neighbours are asked for all that is believed)."""
+        self.refuse(link, id, now)
+        first, at, said = self._hearsay.get(id, (link.peer, now, timestamp))
+        if said == timestamp and (alone or first != link.peer or now >= at + self.config.refused_ttl):
+            self._hearsay.pop(id, None)
+            return True
+        if said != timestamp:
+            first, at = link.peer, now
+        self._hearsay[id] = (first, at, timestamp)
+        if len(self._hearsay) > MAX_SAID_ONCE:
+            self._hearsay.popitem(last=False)
+        return False
+
+    def _believe(self, id: bytes, timestamp: int, age: float, now: float) -> bool:
+        """From now on it is in our digest, and no round will show that we lack its body: true if we would still want it."""
+        wanted = self._log.add_gone(id, timestamp, age, now) and age <= self._accept_age(now)
+        self._lacks |= wanted
+        return wanted
+
+    def seek(self, link: Link, now: float) -> None:
+        """Asks somebody else for what is said to be gone, and be it because it was too old: that may be a lie, too."""
+        max_age = self._max_age(link, now)
+        for ranges in islice(self._log.hearsay_ranges(), MAX_SEEKS):
+            self._out.append(Send(link.peer, encode(Seek(max_age, ranges))))
 
     def lacks(self, now: float) -> bool:
         """Whether there is something that others said is gone, and that we would still want."""
-        self._lacks = self._lacks and bool(self._log.hearsay(1, now - self._accept_age(now)))
+        self._lacks = self._lacks and self._log.has_hearsay(now - self._accept_age(now))
         return self._lacks
-
-    # -- answering --------------------------------------------------------------------------------------------
-
-    def serve(self, link: Link, frame: Pull, now: float) -> None:
-        """Answers every id asked for, by itself or by the offer to ask again."""
-        later: list[bytes] = []
-        for id in frame.ids + self._expand(frame.runs):
-            if link.served >= 2 * SERVED_BYTES:
-                break
-            record = self._log.get(id)
-            age = 0 if record is None else self._log.age_ms(record, now)
-            # What we know by hearsay says nothing: anybody can make that up.
-            link.divided |= age > 1000 * DIVIDED_AGE and record is not None and record.stream is not None
-            if record is None:
-                self._send(link, Gone(id, False, 0, 0))
-            elif not record.bodies_size or (record.proof is None and age > frame.max_age):
-                link.served += GONE_BYTES
-                self._send(link, Gone(id, True, record.timestamp, age))
-            elif link.served >= SERVED_BYTES:
-                link.served += len(id)
-                later.append(id)
-            elif record.proof is not None:
-                link.served += record.bodies_size
-                self.show(link, record.proof, age)
-            elif record.envelope is not None:
-                link.served += record.bodies_size
-                link.note_sent(self._own_first(id))
-                self._send(link, Transfer(age, record.hops, record.envelope.body, record.envelope.signature))
-        self.offer(link, later, now)
-
-    def show(self, link: Link, proof: tuple[Envelope, Envelope], age: int) -> None:
-        """Proves an equivocation: where two large envelopes would not fit one frame, by these themselves. `age` in milliseconds."""
-        one, other = proof
-        if one.size + other.size <= MAX_ENVELOPE:
-            self._send(link, Proof(age, one.body, one.signature, other.body, other.signature))
-            return
-        for envelope in proof:
-            link.note_sent()
-            self._send(link, Transfer(age, 0, envelope.body, envelope.signature))
-
-    def _expand(self, runs: list[tuple[bytes, bytes]]) -> list[bytes]:
-        """The ids of runs, at most `MAX_BATCH` of them. Of a run whose ends we do not know, only those ends."""
-        ids: list[bytes] = []
-        for ends in runs:
-            first, last = (self._log.get(end) for end in ends)
-            if first is None or last is None:
-                ids += ends
-            else:
-                ids += self._log.items.between((first.timestamp, first.id), (last.timestamp, last.id), MAX_BATCH)
-            if len(ids) >= MAX_BATCH:
-                break
-        return ids[:MAX_BATCH]
-
-    def offer(self, link: Link, ids: list[bytes], now: float) -> None:
-        """Names what we hold and the peer does not, for it to pull."""
-        for start in range(0, len(ids), MAX_BATCH):
-            part = ids[start : start + MAX_BATCH]
-            for id in part:
-                link.note_sent(self._own_first(id), owed=True)
-            self._send(link, Have(part))
 
     # -- time -------------------------------------------------------------------------------------------------
 
@@ -375,8 +364,13 @@ class Puller:
             for id in asked:
                 self.refuse(link, id, now, silent=True)
             return
+        self._put_back(queue, asked, now, together=queue.failures == 1)
+
+    def _put_back(self, queue: _Queue, ids: list[bytes], now: float, *, together: bool) -> None:
+        """To be asked for again after a while; `together`: as runs, else one by one."""
         self._run += 1
-        for id in asked:
+        for id in ids:
+            self._run += not together
             queue.todo[id] = (now + self.config.silent_ttl, self._run)
 
     def _give_up_at(self, peer: bytes, queue: _Queue) -> float:
@@ -392,5 +386,13 @@ class Puller:
             del queue.asked[id]
             self._pulling.pop(id, None)
 
-    def _send(self, link: Link, frame: Gone | Have | Proof | Transfer) -> None:
-        self._out.append(Send(link.peer, encode(frame)))
+
+def _between(asked: Iterable[bytes], first: bytes, last: bytes) -> list[bytes]:
+    """What was asked for from one to the other, both included; nothing if they come in the other order."""
+    found: list[bytes] = []
+    for id in asked:
+        if found or id == first:
+            found.append(id)
+            if id == last:
+                return found
+    return []

@@ -7,6 +7,9 @@ _GRANULARITY = 0.005
 """Seconds that a timer, a busy loop or a batch may add without the network having anything to do with it."""
 
 _FADING = 0.99
+_MAX_TRANSIT = 1.0
+"""Seconds, at most, that something is taken to have been on its way: bounds a peer that answers late to make what it relays look
+old."""
 
 
 class RoundTrip:
@@ -28,6 +31,12 @@ class RoundTrip:
         else:
             self.variance += _BETA * (abs(self.smoothed - seconds) - self.variance)
             self.smoothed += _ALPHA * (seconds - self.smoothed)
+
+    @property
+    def transit(self) -> float:
+        """How long a frame is on its way, about: half of it. Ages that left it out would make members far apart let an id expire at
+        times that differ by all the hops between them, and digests would differ at every moment."""
+        return min(_MAX_TRANSIT, (self.smoothed or 0.0) / 2)
 
     def timeout(self, initial: float, least: float, most: float) -> float:
         """How long to wait before something may be taken for lost: SRTT + 4 RTTVAR within bounds, `initial` without a sample."""

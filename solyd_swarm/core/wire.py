@@ -8,6 +8,7 @@ Ages are milliseconds since publication, counted by the monotonic clocks of whoe
 are the author's microseconds since 1970 and serve as an ordering key only.
 """
 
+from itertools import accumulate
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -18,6 +19,7 @@ from solyd_swarm.errors import RemoteProtocolError
 MAX_BATCH = 4096
 """Ids in one frame: a peer that sends longer lists is cut off before it makes us allocate for them."""
 MAX_RUNS = 1024
+MAX_SEEK = 256
 MAX_MESSAGE = 16 * 1024 * 1024
 """No message is larger, whatever `max_message_size` says: relays must agree on what they pass on."""
 MAX_ENVELOPE = MAX_MESSAGE + 1024
@@ -26,6 +28,7 @@ MAX_PEERS = 32
 MAX_ADDRESSES = 16
 MAX_HOST = 64
 MAX_AGE = 2**40
+MAX_TIMESTAMP = 2**63 - 1
 MAX_HOPS = 65_535
 
 Id = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -33,9 +36,13 @@ Instance = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Age = Annotated[int, Meta(ge=0, le=MAX_AGE)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
-Timestamp = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Timestamp = Annotated[int, Meta(ge=0, le=MAX_TIMESTAMP)]
+AgeStep = Annotated[int, Meta(ge=-MAX_AGE, le=MAX_AGE)]
+TimestampStep = Annotated[int, Meta(ge=-MAX_TIMESTAMP, le=MAX_TIMESTAMP)]
 Hops = Annotated[int, Meta(ge=0, le=MAX_HOPS)]
 Ttl = Annotated[int, Meta(ge=0, le=16)]
+Item = tuple[Timestamp, Id]
+Fingerprint = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Ids = Annotated[list[Id], Meta(max_length=MAX_BATCH)]
 Body = Annotated[bytes, Meta(max_length=MAX_ENVELOPE)]
 Host = Annotated[str, Meta(max_length=MAX_HOST)]
@@ -176,7 +183,7 @@ class Summary(Frame, frozen=True, array_like=True):
     TYPE: ClassVar[int] = 0x40
     round: Count
     count: Count
-    fingerprint: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    fingerprint: Fingerprint
 
 
 class InSync(Frame, frozen=True, array_like=True):
@@ -242,6 +249,39 @@ class Gone(Frame, frozen=True, array_like=True):
     age: Age
 
 
+class GoneRun(Frame, frozen=True, array_like=True):
+    """As Gone with `known`, for ids that one Pull asks for one after another: from `first` to `last`, both included.
+
+    Of the first its timestamp and age, of each further one by how much they differ from those of the one before.
+    """
+
+    TYPE: ClassVar[int] = 0x49
+    first: Id
+    last: Id
+    fingerprint: Fingerprint
+    timestamps: Annotated[list[TimestampStep], Meta(max_length=MAX_BATCH)]
+    ages: Annotated[list[AgeStep], Meta(max_length=MAX_BATCH)]
+
+    def entries(self) -> list[tuple[int, int]]:
+        """Timestamp and age of each. Raises `RemoteProtocolError` where a Gone could not hold them."""
+        if len(self.timestamps) != len(self.ages):
+            raise RemoteProtocolError(f"{len(self.timestamps)} timestamps and {len(self.ages)} ages in a GoneRun")
+        entries = list(zip(accumulate(self.timestamps), accumulate(self.ages), strict=True))
+        if not all(0 <= timestamp <= MAX_TIMESTAMP and 0 <= age <= MAX_AGE for timestamp, age in entries):
+            raise RemoteProtocolError("a timestamp or an age in a GoneRun is out of bounds")
+        return entries
+
+
+class Seek(Frame, frozen=True, array_like=True):
+    """Asks for all bodies no older than `max_age` that the receiver has from one item of the digest to another, both included: what
+    others say is gone. There is no answer about the rest.
+    """
+
+    TYPE: ClassVar[int] = 0x4A
+    max_age: Age
+    ranges: Annotated[list[tuple[Item, Item]], Meta(max_length=MAX_SEEK)]
+
+
 class Proof(Frame, frozen=True, array_like=True):
     """Two envelopes of one author and epoch whose sequence ranges overlap: an equivocation."""
 
@@ -256,7 +296,7 @@ class Proof(Frame, frozen=True, array_like=True):
 ALL_FRAMES: tuple[type[Frame], ...] = (
     Join, ForwardJoin, Neighbor, NeighborReply, Shuffle, ShuffleReply, Disconnect, Leave,
     Gossip, Ihave, Graft, Prune, Ack,
-    Summary, InSync, Reconcile, Have, Done, Pull, Transfer, Gone, Proof,
+    Summary, InSync, Reconcile, Have, Done, Pull, Transfer, Gone, Proof, GoneRun, Seek,
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

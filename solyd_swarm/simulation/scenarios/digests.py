@@ -1,5 +1,7 @@
 """Anti-entropy by itself: what it costs to find differences, to catch up, and to do nothing."""
 
+from dataclasses import replace
+
 from solyd_swarm.core import wire
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.simulation.experiment import Progress, Run, Senders, form, prepare, publish
@@ -111,6 +113,37 @@ def late_joiner(size: int, seed: int, progress: Progress) -> Outcome:
     return outcome
 
 
+def _lacking(joiner: Peer, peer: Peer, since: float) -> int:
+    """Ids published since then that a peer holds and the joiner does not."""
+    return sum(record.born >= since and not joiner.overlay.log.holds(record.id) for record in peer.overlay.log.records())
+
+
+def old_swarm(size: int, seed: int, progress: Progress) -> Outcome:
+    """A joiner, with and without replay, comes to six peers that have talked for two windows: half of `size` ids are without bodies."""
+    outcome = Outcome()
+    events = 0
+    for place, replay in enumerate((True, False)):
+        config = OverlayConfig(window=100.0)
+        run = prepare(Parameters(peers=6, latency=(5.0, 20.0), jitter=1.0, directory=False, seed=seed), config=config)
+        form(run)
+        net = run.net
+        net.run(10.0)
+        _history(net, net.peers[0], size, lambda share, place=place: progress((place + 0.9 * share) / 2))  # type: ignore[misc]
+        before, told = run.recorder.traffic(), len(net.peers[0].overlay.log)
+        joiner = net.add_peer(config=replace(config, replay=replay))
+        net.discover(joiner, net.peers[1])
+        net.run(30.0)
+        each = run.recorder.traffic().since(before).digest_bytes / told
+        what = "with replay" if replay else "without"
+        outcome.must(f"{what}: digest bytes an id, asking for bodies included", "<= 45", f"{each:.1f}", each <= 45)
+        lacking = sum(_lacking(joiner, peer, net.now - 2 * config.window + 1.0) for peer in net.peers)
+        outcome.must(f"{what}: ids that others hold and the joiner does not, after 30 s", "0", str(lacking), lacking == 0)
+        outcome.figures[what.replace(" ", "_")] = each
+        events += net.events
+    outcome.figures["events"] = events
+    return outcome
+
+
 def idle(size: int, seed: int, progress: Progress) -> Outcome:
     """Equal logs and nothing to do: with few and many messages, with few and many peers."""
     outcome = Outcome()
@@ -142,5 +175,8 @@ def idle(size: int, seed: int, progress: Progress) -> Outcome:
 SCENARIOS = (
     Scenario("differences", "Many messages in both logs (the size), and 100 in one only.", differences, 5000, 100_000),
     Scenario("late-joiner", "A joiner, and many messages in the window (the size).", late_joiner, 3000, 100_000),
+    Scenario(
+        "old-swarm", "A joiner, and as many ids without bodies as messages in the window (half the size each).", old_swarm, 3000, 50_000
+    ),
     Scenario("idle", "Equal logs, no traffic: what digests cost.", idle, 200, 10_000),
 )
