@@ -84,11 +84,11 @@ def test_thirty_processes_while_edges_are_cut(peers: Peers) -> None:
     one = peers.start_ready("p0")
     everyone = [one] + [peers.start(f"p{number}", bootstrap=one.ticket) for number in range(1, count)]
     peers.until(lambda: all(peer.ticket for peer in everyone), timeout=60, what="all have started")
-    join_all(peers, everyone)
+    join_all(peers, everyone, 3)
     victim = everyone[7]
     living = [peer for peer in everyone if peer is not victim]
     for peer in living:
-        peer.tell("publish", messages, 0.05)
+        peer.tell("publish", messages, 0.25)  # where two cores have more to do than they can, gaps are given up before they are filled
     peers.until(lambda: all(len(peer.got) >= 3 * count for peer in living), what="traffic everywhere")
     for peer in living[::5]:
         peer.tell("cut")
