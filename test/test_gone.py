@@ -102,6 +102,11 @@ def test_what_is_too_old_for_the_asker_is_told_together(seed: int) -> None:
     assert isinstance(answer, wire.GoneRun)
 
 
+def row(peer: Peer, first: tuple[int, bytes], last: tuple[int, bytes]) -> tuple[tuple[int, bytes], tuple[int, bytes], bytes]:
+    """As somebody would name it who holds what the peer holds."""
+    return first, last, peer.overlay.log.items.fingerprint(*peer.overlay.log.items.places(first, last))
+
+
 def test_who_seeks_gets_what_is_there_and_no_word_of_the_rest(seed: int) -> None:
     net = Network(seed)
     peer = net.add_peer(config=QUIET)
@@ -112,30 +117,43 @@ def test_who_seeks_gets_what_is_there_and_no_word_of_the_rest(seed: int) -> None
     puppet.connect(peer)
     net.run(1.0)
     # The ends need not be known.
-    answers = ask(net, puppet, peer, wire.Seek(wire.MAX_AGE, [((0, bytes(32)), items[6]), (items[8], (2**63 - 1, bytes(32)))]))
+    rows = [row(peer, (0, bytes(32)), items[6]), row(peer, items[8], (2**63 - 1, bytes(32)))]
+    answers = ask(net, puppet, peer, wire.Seek(wire.MAX_AGE, rows))
     assert all(isinstance(answer, wire.Transfer) for answer in answers)
     assert len(answers) == 4
-    assert ask(net, puppet, peer, wire.Seek(100, [(items[0], items[9])])) == []
-    assert ask(net, puppet, peer, wire.Seek(wire.MAX_AGE, [(items[9], items[5]), ((0, bytes(32)), (0, bytes(32)))])) == []
+    assert ask(net, puppet, peer, wire.Seek(100, [row(peer, items[0], items[9])])) == []
+    assert puppet.heard_of(wire.Unmatched) == []
+
+
+def test_who_holds_something_else_there_says_so(seed: int) -> None:
+    net = Network(seed)
+    peer = net.add_peer(config=replace(QUIET, window=600.0))
+    items = published(net, peer, 5)
+    puppet = Puppet(net)
+    puppet.connect(peer)
+    first, last = (0, bytes(32)), (2**63 - 1, bytes(32))
+    rows = [(items[0], items[2], bytes(16)), (items[2], items[1], bytes(16)), (first, first, bytes(16))]
+    assert ask(net, puppet, peer, wire.Seek(wire.MAX_AGE, rows)) == []
+    assert [frame.ids for frame in puppet.heard_of(wire.Unmatched)] == [[items[0][1], items[2][1], first[1]]]
+    published(net, peer, wire.MAX_ROW)
+    ask(net, puppet, peer, wire.Seek(wire.MAX_AGE, [row(peer, first, last)]))
+    assert puppet.heard_of(wire.Unmatched)[1].ids == [first[1]]  # too long
 
 
 def test_seeking_is_no_lever(seed: int) -> None:
     net = Network(seed)
     peer = net.add_peer(config=replace(QUIET, window=600.0))
-    items = published(net, peer, 5000)
-    for _ in range(4):
+    for _ in range(6):
         net.publish(peer, net.rng.randbytes(SERVED_BYTES // 2))
+        net.run(0.001)
+    items = list(peer.overlay.log.items)
     puppet = Puppet(net)
     puppet.connect(peer)
     net.run(1.0)
     puppet.heard.clear()
-    everything = ((0, bytes(32)), (2**63 - 1, bytes(32)))
-    ask(net, puppet, peer, wire.Seek(wire.MAX_AGE, [everything] * wire.MAX_SEEK))
-    assert len(puppet.heard_of(wire.Transfer)) + sum(len(have.ids) for have in puppet.heard_of(wire.Have)) <= wire.MAX_BATCH
-    puppet.heard.clear()
-    ask(net, puppet, peer, wire.Seek(wire.MAX_AGE, [(items[-1], everything[1])] * wire.MAX_SEEK))
+    ask(net, puppet, peer, wire.Seek(wire.MAX_AGE, [row(peer, items[0], items[-1])] * wire.MAX_ROWS))
     assert sum(len(frame.body) for frame in puppet.heard_of(wire.Transfer)) <= 2 * SERVED_BYTES
-    assert puppet.heard_of(wire.Have)
+    assert 0 < sum(len(have.ids) for have in puppet.heard_of(wire.Have)) <= SERVED_BYTES // 32
 
 
 # -- who asks -------------------------------------------------------------------------------------------------
@@ -197,7 +215,46 @@ def test_the_word_of_the_only_neighbour_is_enough_and_every_other_is_asked(seed:
     net.filter = see
     net.discover(one, peer)
     assert net.run_until(lambda: len(peer.messages) == 30, 3.0)
-    assert sought[0].ranges == [(items[0], items[-1])]
+    assert [(first, last) for first, last, _ in sought[0].rows] == [(items[0], items[-1])]
+
+
+@pytest.mark.parametrize("shift", [1, 5000])
+def test_a_wrong_timestamp_hides_no_body(shift: int, seed: int) -> None:
+    """Neither the sums of ids nor rows show it."""
+    net = Network(seed)
+    peer, liar, author = net.add_peer(), Puppet(net, "liar"), Puppet(net, "author")
+    envelopes = [author.seal(n, b"%d" % n, time=1000 * n) for n in range(1, 31)]
+    liar.connect(peer)
+    liar.send(peer, wire.Have([envelope.id for envelope in envelopes]))
+    assert net.run_until(lambda: bool(liar.heard_of(wire.Pull)), 5.0)
+    liar.send(peer, gone_run([(envelope.time + shift, envelope.id) for envelope in envelopes], 900_000))
+    net.run(0.1)
+    assert len(peer.overlay.log) == 30
+    one = net.add_peer()
+    author.connect(one)
+    author.send(one, *map(gossip, envelopes))
+    net.run(0.5)
+    net.discover(one, peer)
+    assert net.run_until(lambda: len(peer.messages) == 30, 5.0)
+    assert list(peer.overlay.log.items) == list(one.overlay.log.items)
+
+
+def test_a_neighbour_is_asked_once_for_what_others_say_is_gone(seed: int) -> None:
+    net = Network(seed)
+    peer, one, other = net.add_peer(), Puppet(net, "one"), Puppet(net, "other")
+    items = made_up(net, 50)
+    one.connect(peer)
+    one.send(peer, wire.Have([id for _, id in items]))
+    assert net.run_until(lambda: bool(one.heard_of(wire.Pull)), 5.0)
+    one.send(peer, gone_run(items, 1000))
+    net.run(0.1)
+    other.connect(peer, join=False)
+    for _ in range(20):
+        other.send(peer, wire.Neighbor(True), wire.Disconnect([]))
+    net.run(1.0)
+    assert len(other.heard_of(wire.Seek)) == 1
+    net.run(60.0)
+    assert len(other.heard_of(wire.Seek)) == 1
 
 
 def test_of_two_neighbours_both_are_asked_and_the_second_by_the_ends(seed: int) -> None:
@@ -216,6 +273,55 @@ def test_of_two_neighbours_both_are_asked_and_the_second_by_the_ends(seed: int) 
     other.send(peer, gone_run(items, 1000))
     net.run(0.1)
     assert list(peer.overlay.log.items) == items
+
+
+def test_a_second_neighbour_is_asked_in_the_order_of_the_digest(seed: int) -> None:
+    """In whatever order the first one offered and answered."""
+    net = Network(seed)
+    peer, one, other = net.add_peer(), Puppet(net, "one"), Puppet(net, "other")
+    items = made_up(net, 20)
+    for puppet in (one, other):
+        puppet.connect(peer)
+    mixed = items[10:] + items[:10]
+    one.send(peer, wire.Have([id for _, id in mixed]))
+    assert net.run_until(lambda: bool(one.heard_of(wire.Pull)), 5.0)
+    one.send(peer, gone_run(mixed, 1000))
+    net.run(0.1)
+    (pull,) = other.heard_of(wire.Pull)
+    assert (pull.ids, pull.runs) == ([], [(items[0][1], items[-1][1])])
+
+
+def test_a_liar_that_changes_its_word_does_not_undo_that_of_others(seed: int) -> None:
+    net = Network(seed)
+    peer, liar, one, other = net.add_peer(), Puppet(net, "liar"), Puppet(net, "one"), Puppet(net, "other")
+    ((_, id),) = made_up(net, 1)
+    for puppet in (liar, one, other):
+        puppet.connect(peer)
+    for puppet, timestamp in ((one, 7), (liar, 1), (other, 7)):
+        puppet.send(peer, wire.Have([id]))
+        assert net.run_until(lambda: bool(puppet.heard_of(wire.Pull)), 5.0)  # noqa: B023
+        puppet.send(peer, wire.Gone(id, True, timestamp, 1000))
+        net.run(0.1)
+    assert list(peer.overlay.log.items) == [(7, id)]
+
+
+def test_what_is_left_of_a_run_whose_end_has_expired_is_asked_for_at_once(seed: int) -> None:
+    net = Network(seed)
+    peer, one, other = net.add_peer(), Puppet(net, "one"), Puppet(net, "other")
+    items = made_up(net, 20)
+    ids = [id for _, id in items]
+    for puppet in (one, other):
+        puppet.connect(peer)
+    one.send(peer, wire.Have(ids))
+    assert net.run_until(lambda: bool(one.heard_of(wire.Pull)), 5.0)
+    one.send(peer, gone_run(items, 1000))
+    net.run(0.1)
+    assert other.heard_of(wire.Pull)[0].runs == [(ids[0], ids[-1])]
+    other.heard.clear()
+    other.send(peer, wire.Gone(ids[0], False, 0, 0), wire.Gone(ids[-1], True, items[-1][0], 1000))
+    net.run(0.1)
+    (pull,) = other.heard_of(wire.Pull)
+    assert (pull.ids, pull.runs) == (ids[1:-1], [])
 
 
 def test_two_that_disagree_on_the_timestamp_are_not_believed(seed: int) -> None:
@@ -250,8 +356,8 @@ def test_a_wrong_timestamp_is_put_right(seed: int) -> None:
     assert [timestamp for timestamp, _ in victim.overlay.log.items] == [1, 2, 3, 4, 5]
     for peer in peers:
         net.discover(victim, peer)
-    assert net.run_until(lambda: len(digests([victim, *peers])) == 1, 40.0)
-    assert len(victim.overlay.log) == 5
+    right = list(peers[0].overlay.log.items)
+    assert net.run_until(lambda: list(victim.overlay.log.items) == right, 40.0)
 
 
 @pytest.mark.parametrize("lie", ["another number", "another fingerprint"])

@@ -11,6 +11,7 @@ from solyd_swarm.core import log as module
 from solyd_swarm.core.envelope import Envelope, envelope_id, equivocation_id
 from solyd_swarm.core.ledger import Ledger
 from solyd_swarm.core.log import Log, Outcome
+from solyd_swarm.core.ordered import fingerprint_of
 from solyd_swarm.core.reconcile import ItemSet
 
 A, B = b"a" * 32, b"b" * 32
@@ -243,12 +244,10 @@ def test_an_id_that_is_said_to_be_gone_enters_the_digest_and_gives_way_to_the_en
     assert list(log.items) == [(77, make().id)]
     assert log.holds(make().id)
     assert not log.witnessed(make().id)
-    assert log.has_hearsay(4.0)
-    assert not log.has_hearsay(4.1)
+    assert [(first, last) for first, last, _ in log.rows_of_hearsay()] == [((77, make().id), (77, make().id))]
     assert log.add(make(), 2.0, 0, 5.0) is Outcome.ACCEPTED
     assert list(log.items) == [(1, make().id)]
-    assert not log.has_hearsay(0.0)
-    assert log.hearsay_ranges() == []
+    assert list(log.rows_of_hearsay()) == []
 
 
 def test_another_timestamp_takes_the_place_of_a_wrong_one() -> None:
@@ -261,27 +260,24 @@ def test_another_timestamp_takes_the_place_of_a_wrong_one() -> None:
     assert list(log.items) == [(1, make().id)]
 
 
-@given(st.lists(st.booleans(), max_size=40), st.integers(1, 5), st.integers(1, 5))
-def test_hearsay_is_sought_by_the_ends_of_its_rows(gone: list[bool], batch: int, most: int) -> None:
+@given(st.lists(st.sampled_from(["gone", "here", "gone, then here"]), max_size=40), st.integers(1, 5))
+def test_hearsay_is_sought_by_rows_of_nothing_else(kinds: list[str], most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "MAX_BATCH", batch)
-        patch.setattr(module, "MAX_SEEK", most)
+        patch.setattr(module, "MAX_ROW", most)
         log = make_log()
-        for place, is_gone in enumerate(gone, 1):
-            if is_gone:
+        for place, kind in enumerate(kinds, 1):
+            if kind.startswith("gone"):
                 log.add_gone(make(place).id, place, 1.0, 5.0)
-            else:
+        for place, kind in enumerate(kinds, 1):
+            if kind.endswith("here"):
                 log.add(replace(make(place), time=place), 1.0, 0, 5.0)
         found: list[int] = []
-        timestamps = [timestamp for timestamp, _ in log.items]
-        hearsay = {timestamp for timestamp, id in log.items if not log.witnessed(id)}
-        for ranges in log.hearsay_ranges():
-            within = [at for (first, _), (last, _) in ranges for at in timestamps if first <= at <= last]
-            assert len(ranges) <= most
-            assert len(within) <= batch
-            found += within
-    assert sorted(found) == sorted(hearsay)
-    assert log.hearsay_ranges() is log.hearsay_ranges()
+        for first, last, fingerprint in log.rows_of_hearsay():
+            within = [(at, id) for at, id in log.items if first <= (at, id) <= last]
+            assert len(within) <= most
+            assert fingerprint == fingerprint_of([id for _, id in within])
+            found += [at for at, _ in reversed(within)]
+    assert found == [place for place in range(len(kinds), 0, -1) if kinds[place - 1] == "gone"]
 
 
 def test_expired_hearsay_does_not_keep_the_envelope_out() -> None:

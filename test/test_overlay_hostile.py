@@ -49,7 +49,8 @@ class Fiend:
             wire.Transfer: lambda: wire.Transfer(self.age(), self.hops(), *self.body()),
             wire.Gone: lambda: wire.Gone(self.id(), rng.random() < 0.5, rng.choice([0, 1, 2**63 - 1]), self.age()),
             wire.GoneRun: self.gone_run,
-            wire.Seek: lambda: wire.Seek(self.age(), [(self.item(), self.item()) for _ in range(rng.choice([0, 1, 3, 40]))]),
+            wire.Seek: lambda: wire.Seek(self.age(), [self.row() for _ in range(rng.choice([0, 1, 3, 40]))]),
+            wire.Unmatched: lambda: wire.Unmatched(self.ids() + self.sought()),
             wire.Proof: lambda: wire.Proof(self.age(), *self.body(), *self.body()),
         }
 
@@ -67,6 +68,10 @@ class Fiend:
         """What the puppet was asked for."""
         return [id for pull in self.puppet.heard_of(wire.Pull)[-3:] + self.puppet.heard_of(wire.Graft)[-3:] for id in pull.ids]
 
+    def sought(self) -> list[bytes]:
+        """The first ids of rows that the puppet was asked for."""
+        return [first[1] for seek in self.puppet.heard_of(wire.Seek)[-3:] for first, _, _ in seek.rows]
+
     def id(self) -> bytes:
         known = [id for _, id in self.rng.choice(self.peers).overlay.log.items]
         return self.rng.choice([*known[-20:], *self.pulls(), self.rng.randbytes(32)])
@@ -77,6 +82,13 @@ class Fiend:
     def item(self) -> tuple[int, bytes]:
         known = list(self.rng.choice(self.peers).overlay.log.items)
         return self.rng.choice([*known, (self.rng.choice([0, 1, 2**63 - 1]), self.id())])
+
+    def row(self) -> tuple[tuple[int, bytes], tuple[int, bytes], bytes]:
+        """Often one that there is."""
+        items = self.rng.choice(self.peers).overlay.log.items
+        first, last = self.item(), self.item()
+        lower, upper = items.places(first, last)
+        return first, last, items.fingerprint(lower, upper) if lower < upper else bytes(16)
 
     def gone_run(self) -> wire.GoneRun:
         """Mostly of what the puppet was asked for, for any other is an answer to nothing."""

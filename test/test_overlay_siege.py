@@ -210,7 +210,7 @@ def test_ids_without_bodies_do_not_make_a_swarm_believe_that_it_is_divided(seed:
         net.run(5.0)
         if peers[0].id not in puppet.peer.links:
             puppet.connect(peers[0], join=False)
-    assert any(peer.overlay.log.has_hearsay(0.0) for peer in peers[1:])  # it has got about
+    assert any(peer.overlay.log.rumours for peer in peers[1:])  # it has got about
     assert sum(len(peer.neighbor_downs) for peer in peers) - before <= 2
 
 

@@ -408,7 +408,7 @@ def frame_fields(v: Vectors) -> dict[str, list[Any]]:
         "have": [[one["id"]]], "done": [9], "pull": pull, "transfer": [1250, 3, two["body"], two["signature"]],
         "gone": [two["id"], True, two["fields"][4], 700_000],
         "gone_run": [one["id"], two["id"], fingerprint_of(items), [items[0][0], items[1][0] - items[0][0]], [700_000, -1000]],
-        "seek": [600_000, [[list(items[0]), list(items[1])]]],
+        "seek": [600_000, [[list(items[0]), list(items[1]), fingerprint_of(items)]]], "unmatched": [[one["id"]]],
         "proof": [1250, one["body"], one["signature"], two["body"], two["signature"]],
     }  # fmt: skip
 

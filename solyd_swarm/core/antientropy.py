@@ -17,7 +17,7 @@ from solyd_swarm.core.ordered import ID_SIZE
 from solyd_swarm.core.pulling import AntiEntropyConfig, Puller
 from solyd_swarm.core.reconcile import Negentropy
 from solyd_swarm.core.serving import Server
-from solyd_swarm.core.wire import Done, Frame, Gone, GoneRun, Have, InSync, Proof, Pull, Reconcile, Seek, Summary, encode
+from solyd_swarm.core.wire import Done, Frame, Gone, GoneRun, Have, InSync, Proof, Pull, Reconcile, Seek, Summary, Unmatched, encode
 from solyd_swarm.errors import RemoteProtocolError
 
 __all__ = ["AntiEntropy", "AntiEntropyConfig", "check_proof"]
@@ -197,6 +197,8 @@ class AntiEntropy:
                 self.server.serve(link, frame, now)
             case Seek():
                 self.server.sought(link, frame, now)
+            case Unmatched():
+                self.pulls.unmatched(link, frame, now)
             case Gone():
                 self.pulls.gone(link, frame, now)
             case GoneRun():

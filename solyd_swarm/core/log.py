@@ -14,8 +14,9 @@ from heapq import heapify, heappop, heappush
 
 from solyd_swarm.core.envelope import Envelope, equivocate, equivocation_id
 from solyd_swarm.core.ledger import Ledger
+from solyd_swarm.core.ordered import split_key
 from solyd_swarm.core.reconcile import ItemSet
-from solyd_swarm.core.wire import MAX_AGE, MAX_BATCH, MAX_SEEK, Item
+from solyd_swarm.core.wire import MAX_AGE, MAX_ROW, Item
 
 # Ten minutes: a laptop that sleeps for a moment, or a script that is edited and started again, misses nothing.
 DEFAULT_WINDOW = 600.0
@@ -32,10 +33,6 @@ MAX_DROPPED = 65_536
 
 AGE_SLACK = 2.0
 """Seconds: ages leave out the time on the way."""
-
-
-Ranges = list[tuple[Item, Item]]
-"""Of the digest: the first and the last item of each."""
 
 
 class Outcome(Enum):
@@ -116,9 +113,11 @@ class Log:
         self._ranges: dict[tuple[bytes, int], list[tuple[int, bytes]]] = {}
         self._ids: dict[tuple[bytes, int], dict[bytes, None]] = {}
         self._hearsay: dict[bytes, None] = {}
-        self._ranges_of_hearsay: list[Ranges] | None = None
+        self._gone = ItemSet()  # their items
         self._dropped: OrderedDict[bytes, None] = OrderedDict()
         self._floor = float("-inf")
+        self.rumours = 0
+        """Counts what came to be known by hearsay only."""
         self.changes = 0
         """Counts what `holds` came to say of ever more ids."""
         self.started = float("-inf")
@@ -148,42 +147,20 @@ class Log:
         record = self._records.get(id)
         return record is None or record.stream is None or record.stream[0] == author
 
-    def has_hearsay(self, since: float) -> bool:
-        """Whether anything is known as gone by hearsay only, and published since then, as is said."""
-        return any(self._records[id].born >= since for id in reversed(self._hearsay))
-
-    def hearsay_ranges(self) -> list[Ranges]:
-        """What is known as gone by hearsay only: first and last item of each row in the digest, the latest first, as many in each
-        list as one frame may ask for. What has expired since this changed last may be among it."""
-        if self._ranges_of_hearsay is None:
-            self._ranges_of_hearsay = list(self._cut(self._hearsay_rows() if self._hearsay else []))
-        return self._ranges_of_hearsay
-
-    @staticmethod
-    def _cut(rows: list[list[Item]]) -> Iterator[Ranges]:
-        """Rows by their ends; no list covers more than `MAX_BATCH` items."""
-        ranges: Ranges = []
-        left = MAX_BATCH
-        for row in rows:
-            while row:
-                part, row = row[-left:], row[:-left]
-                ranges.append((part[0], part[-1]))
-                left -= len(part)
-                if not left or len(ranges) == MAX_SEEK:
-                    yield ranges
-                    ranges, left = [], MAX_BATCH
-        if ranges:
-            yield ranges
-
-    def _hearsay_rows(self) -> list[list[Item]]:
-        """Items of which only hearsay is known, in rows with none of others between, the latest first."""
-        rows: list[list[Item]] = [[]]
-        for item in self.items:
-            if item[1] in self._hearsay:
-                rows[-1].append(item)
-            elif rows[-1]:
-                rows.append([])
-        return [row for row in reversed(rows) if row]
+    def rows_of_hearsay(self) -> Iterator[tuple[Item, Item, bytes]]:
+        """What is known as gone by hearsay only: first item, last item and fingerprint of rows in the digest that hold nothing else
+        and no more than `MAX_ROW` ids each, the latest first."""
+        gone, upper = self._gone, len(self._gone)
+        while upper:
+            lower = max(0, upper - MAX_ROW)
+            while True:
+                first, last = gone.key_at(lower), gone.key_at(upper - 1)
+                start, end = self.items.index(first), self.items.index(last) + 1
+                if end - start == upper - lower:
+                    break
+                lower = (lower + upper + 1) // 2
+            yield split_key(first), split_key(last), self.items.fingerprint(start, end)
+            upper = lower
 
     def max_age(self, now: float) -> float:
         """Seconds of age beyond which we want no body."""
@@ -224,7 +201,6 @@ class Log:
         if record is not None:
             # So far known by hearsay only, as gone: now that it is here, what it says itself counts.
             self._remove(record)
-            self._ranges_of_hearsay = None
         if not refused:
             self.ledger.mark(*stream, envelope.first, envelope.last)
         self._insert(Record(envelope.id, envelope.time, born, hops, stream, envelope.shed()))
@@ -337,7 +313,8 @@ class Log:
             self._ids.setdefault(record.stream, {})[record.id] = None
         else:
             self._hearsay[record.id] = None
-            self._ranges_of_hearsay = None
+            self._gone.add(record.timestamp, record.id)
+            self.rumours += 1
         heappush(self._by_birth, (record.born, record.id))
         if size:
             self.bytes += size
@@ -359,7 +336,9 @@ class Log:
         del self._records[record.id]
         if not record.concealed:
             self.items.remove(record.timestamp, record.id)
-        self._hearsay.pop(record.id, None)
+        if record.stream is None:
+            self._hearsay.pop(record.id, None)
+            self._gone.remove(record.timestamp, record.id)
         if record.stream is not None:
             ids = self._ids[record.stream]
             del ids[record.id]

@@ -165,8 +165,12 @@ class ItemSet:
 
     def between(self, first: tuple[int, bytes], last: tuple[int, bytes], most: int) -> list[bytes]:
         """The ids of the items from ``first`` to ``last``, both included, in item order; ``most`` of them at most."""
-        lower, upper = self.index(make_key(*first)), self.index(make_key(*last)) + (last in self)
+        lower, upper = self.places(first, last)
         return self.ids(lower, min(upper, lower + most))
+
+    def places(self, first: tuple[int, bytes], last: tuple[int, bytes]) -> tuple[int, int]:
+        """Positions ``[lower, upper)`` of the items from ``first`` to ``last``, both included, whether or not they are there."""
+        return self.index(make_key(*first)), self.index(make_key(*last)) + (last in self)
 
     def _find(self, bound: bytes) -> tuple[int, int, bool]:
         """(block, position in it, whether the key there is ``bound``): where ``bound`` is or would be."""

@@ -301,7 +301,9 @@ class Overlay:
             case wire.Have():
                 self.intake.told(link, frame.ids, now)
                 self.antientropy.handle(link, frame, now)
-            case wire.Summary() | wire.InSync() | wire.Reconcile() | wire.Done() | wire.Pull() | wire.Gone() | wire.GoneRun() | wire.Seek():
+            case wire.Summary() | wire.InSync() | wire.Reconcile() | wire.Done():
+                self.antientropy.handle(link, frame, now)
+            case wire.Pull() | wire.Seek() | wire.Unmatched() | wire.Gone() | wire.GoneRun():
                 self.antientropy.handle(link, frame, now)
             case wire.Leave():
                 self._link_down(link.peer, "left", now, failed=False)

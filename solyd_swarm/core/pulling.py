@@ -14,9 +14,9 @@ from itertools import chain, islice
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import SERVED_BYTES, Link
 from solyd_swarm.core.log import Log
-from solyd_swarm.core.ordered import fingerprint_of
+from solyd_swarm.core.ordered import fingerprint_of, make_key
 from solyd_swarm.core.serving import SHORT_RUN
-from solyd_swarm.core.wire import Gone, GoneRun, Pull, Seek, encode
+from solyd_swarm.core.wire import MAX_ROW, MAX_ROWS, Gone, GoneRun, Item, Pull, Seek, Unmatched, encode
 
 MAX_QUEUE = 65_536
 """Ids still to be pulled from one peer: bounds a peer that advertises what nobody has. What does not fit is found again by a
@@ -27,6 +27,8 @@ MAX_REFUSED = 65_536
 """Ids that a peer advertised and then did not give, per peer; they are not asked of it again for a while. The oldest go first."""
 MAX_SEEKS = 32
 """Frames in which a new neighbour is asked for what others say is gone: enough for all of it, unless it was made up to lie scattered."""
+MAX_WORDS = 8
+"""Peers whose word on one id is remembered."""
 MAX_SAID_ONCE = 65_536
 """Ids that one peer said are gone, until a second one does. The oldest go first."""
 
@@ -64,17 +66,21 @@ class AntiEntropyConfig:
 class _Queue:
     """What is to be pulled from one peer."""
 
-    __slots__ = ("asked", "complete", "failures", "fed_at", "progress_at", "refused", "size", "todo")
+    __slots__ = ("asked", "complete", "failures", "fed_at", "progress_at", "refused", "rows", "runs", "size", "sought", "sought_at", "todo")
 
     def __init__(self) -> None:
         self.todo: OrderedDict[bytes, tuple[float, int]] = OrderedDict()  # to be pulled, from when on; the number of its run
         self.asked: dict[bytes, float] = {}  # pulled, not answered yet; since when, the oldest first
+        self.runs: dict[bytes, list[bytes]] = {}  # of these what was asked for by its ends, by the last id
         self.refused: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()  # until when; whether it was silent rather than said so
         self.complete = True
         self.progress_at = 0.0  # when it last answered what it was asked first, or was asked after it had answered all
         self.fed_at = float("-inf")  # when a body came
         self.failures = 0  # how often it was given up since its last answer
         self.size = 1024.0  # of its bodies, smoothed
+        self.sought_at = float("-inf")  # when it was last asked for what others say is gone
+        self.sought = 0  # how much that was, ever
+        self.rows: dict[bytes, tuple[Item, Item]] = {}  # by their first ids, what it was
 
     def batch(self, most: int) -> int:
         """How many may be asked for at a time: what one answer carries."""
@@ -107,8 +113,9 @@ class Puller:
         self._queues: dict[bytes, _Queue] = {}
         self._pulling: dict[bytes, bytes] = {}  # id -> the peer asked
         self._run = 0
-        self._lacks = False  # whether something may be gone that we would still want
-        self._hearsay: OrderedDict[bytes, tuple[bytes, float, int]] = OrderedDict()  # id -> who said that it is gone, when, its timestamp
+        self._missed: dict[bytes, None] = {}  # what is said to be gone although it would be young enough
+        # Id -> who says that it is gone, of what timestamp, since when: until that is believed.
+        self._hearsay: OrderedDict[bytes, dict[bytes, tuple[int, float]]] = OrderedDict()
 
     def link_down(self, link: Link) -> None:
         """What this peer owed us is asked of others, who may have it in their queues too."""
@@ -183,6 +190,7 @@ class Puller:
             runs = [run for run in batch if len(run) > SHORT_RUN]
             # In the order in which they are answered: who answers several together names the first and the last.
             queue.asked |= dict.fromkeys(chain(ids, *runs), now)
+            queue.runs |= {run[-1]: run for run in runs}
             self._out.append(Send(link.peer, encode(Pull(ids, self._max_age(link, now), [(run[0], run[-1]) for run in runs]))))
         if len(queue.todo) <= LOW_QUEUE:
             self._on_drain(link, now)
@@ -224,6 +232,11 @@ class Puller:
         queue.failures = 0  # it is there, and what is lost now and then must not make us ever more patient
         del queue.asked[id]
         self._pulling.pop(id, None)
+        # Answers come in the order of what was asked for: what is left of a run when its last one is answered is no part of it where
+        # the peer looked, be it that it has expired there, or that the run was made up.
+        left = [inner for inner in queue.runs.pop(id, ()) if inner in queue.asked]
+        self._release(queue, left)
+        self._put_back(queue, ([inner] for inner in left), now)
 
     def answered(self, link: Link, id: bytes, now: float, size: int = 0) -> bool:
         """An id that we pulled has been answered, by whatever frame. True if the peer owes us nothing for the moment.
@@ -272,24 +285,24 @@ class Puller:
             return
         # What it holds is not what it listed any more, or it lies: one by one there is no doubt which ones are meant.
         self._release(queue, ids)
-        self._put_back(queue, ids, now, together=False)
+        self._put_back(queue, ([id] for id in ids), now + self.config.silent_ttl)
 
     def _all_gone(self, link: Link, ids: list[bytes], entries: list[tuple[int, int]], now: float) -> None:
         """The peer says so of these, with timestamps and ages in milliseconds."""
-        doubted: list[bytes] = []
-        missed: list[bytes] = []
+        doubted: list[Item] = []
+        missed: list[Item] = []
         others = self._others(link)
         for id, (timestamp, age) in zip(ids, entries, strict=True):
             link.excuse(id)
             if not self._is_believed(link, id, timestamp, now, alone=not others):
-                doubted.append(id)
+                doubted.append((timestamp, id))
             elif self._believe(id, timestamp, age / 1000 + link.round_trip.transit, now):
-                missed.append(id)
+                missed.append((timestamp, id))
         # A second one is asked at once, by the ends of runs: in a round with it, it would list them all again.
         for other in others[:1]:
-            self.enqueue(other, [doubted], now, soon=True)
+            self.enqueue(other, self._in_runs(doubted, 0), now, soon=True)
         for other in others if missed else ():
-            self.enqueue(other, [missed], now, soon=False)
+            self.enqueue(other, self._in_runs(missed, 1), now, soon=False)
         for id in ids:
             self.answered(link, id, now)
 
@@ -306,39 +319,78 @@ class Puller:
         """Notes that the peer says that a body is gone; whether that is enough: two say so, or one does for long, or there is no
         other (new neighbours are asked for all that is believed)."""
         self.refuse(link, id, now)
-        first, at, said = self._hearsay.get(id, (link.peer, now, timestamp))
-        if said == timestamp and (alone or first != link.peer or now >= at + self.config.refused_ttl):
-            self._hearsay.pop(id, None)
+        words = self._hearsay.setdefault(id, {})
+        said, since = words.pop(link.peer, (timestamp, now))
+        since = since if said == timestamp else now
+        if alone or now >= since + self.config.refused_ttl or any(other == timestamp for other, _ in words.values()):
+            del self._hearsay[id]
             return True
-        if said != timestamp:
-            first, at = link.peer, now
-        self._hearsay[id] = (first, at, timestamp)
+        words[link.peer] = (timestamp, since)
+        if len(words) > MAX_WORDS:
+            del words[next(iter(words))]
         if len(self._hearsay) > MAX_SAID_ONCE:
             self._hearsay.popitem(last=False)
         return False
 
     def _believe(self, id: bytes, timestamp: int, age: float, now: float) -> bool:
         """From now on it is in our digest, and no round will show that we lack its body: true if we would still want it."""
-        wanted = self._log.add_gone(id, timestamp, age, now) and age <= self._accept_age(now)
-        self._lacks |= wanted
-        return wanted
+        if not self._log.add_gone(id, timestamp, age, now) or age > self._accept_age(now):
+            return False
+        self._missed[id] = None
+        return True
+
+    def _in_runs(self, items: list[Item], step: int) -> list[list[bytes]]:
+        """Ids in the order of the digest, apart where we know of something between; `step`: 1 if they are in our digest, 0 if not."""
+        runs: list[list[bytes]] = []
+        last = -1
+        for timestamp, id in sorted(items):
+            place = self._log.items.index(make_key(timestamp, id))
+            if not runs or place != last + step:
+                runs.append([])
+            runs[-1].append(id)
+            last = place
+        return runs
 
     def seek(self, link: Link, now: float) -> None:
-        """Asks somebody else for what is said to be gone, and be it because it was too old: that may be a lie, too."""
-        max_age = self._max_age(link, now)
-        for ranges in islice(self._log.hearsay_ranges(), MAX_SEEKS):
-            self._out.append(Send(link.peer, encode(Seek(max_age, ranges))))
+        """Asks somebody else for what is said to be gone, and be it because it was too old: that may be a lie, too. Not often."""
+        queue = self._queue(link)
+        if now < queue.sought_at + self.config.refused_ttl:
+            return
+        queue.sought_at, queue.sought = now, self._log.rumours
+        rows = list(islice(self._log.rows_of_hearsay(), MAX_SEEKS * MAX_ROWS))
+        queue.rows = {first[1]: (first, last) for first, last, _ in rows}
+        for start in range(0, len(rows), MAX_ROWS):
+            self._out.append(Send(link.peer, encode(Seek(self._max_age(link, now), rows[start : start + MAX_ROWS]))))
+
+    def unmatched(self, link: Link, frame: Unmatched, now: float) -> None:
+        """What the peer has in these rows is not what we were told is there: it is asked for each id, of whatever timestamp."""
+        queue = self._queue(link)
+        for first in frame.ids:
+            if first in queue.rows:
+                ids = self._log.items.between(*queue.rows.pop(first), MAX_ROW)
+                self.enqueue(link, ([id] for id in ids), now, soon=True)
+        self.pull_on(link, now)
 
     def lacks(self, now: float) -> bool:
         """Whether there is something that others said is gone, and that we would still want."""
-        self._lacks = self._lacks and self._log.has_hearsay(now - self._accept_age(now))
-        return self._lacks
+        since = now - self._accept_age(now)
+        while self._missed:
+            id = next(iter(self._missed))
+            record = self._log.get(id)
+            if record is not None and record.stream is None and record.born >= since:
+                return True
+            del self._missed[id]
+        return False
 
     # -- time -------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[float]:
         """Pulls what is due and gives up on who is silent; returns when to come back."""
         times: list[float] = []
+        for link in self._links.values():
+            if link.up and link.peer in self._queues and self._queues[link.peer].sought != self._log.rumours:
+                self.seek(link, now)
+                times.append(self._queues[link.peer].sought_at + self.config.refused_ttl)
         for peer, queue in list(self._queues.items()):
             while queue.refused and next(iter(queue.refused.values()))[0] <= now:
                 queue.refused.popitem(last=False)
@@ -358,20 +410,26 @@ class Puller:
         queue.failures += 1
         oldest = next(iter(queue.asked.values()))
         asked = [id for id, at in queue.asked.items() if at == oldest]  # what was asked later has its own time
+        # By its ends again only what was not answered at all: of the rest nobody knows what lies between.
+        runs = [run for last, run in queue.runs.items() if last in asked and all(id in queue.asked for id in run)]
+        alone = dict.fromkeys(asked)
+        for run in runs:
+            for id in run:
+                alone.pop(id, None)
         self._release(queue, asked)
         if queue.failures > self.config.retries:
             queue.complete = False
             for id in asked:
                 self.refuse(link, id, now, silent=True)
             return
-        self._put_back(queue, asked, now, together=queue.failures == 1)
+        self._put_back(queue, chain(([id] for id in alone), runs), now + self.config.silent_ttl)
 
-    def _put_back(self, queue: _Queue, ids: list[bytes], now: float, *, together: bool) -> None:
-        """To be asked for again after a while; `together`: as runs, else one by one."""
-        self._run += 1
-        for id in ids:
-            self._run += not together
-            queue.todo[id] = (now + self.config.silent_ttl, self._run)
+    def _put_back(self, queue: _Queue, runs: Iterable[list[bytes]], due: float) -> None:
+        """To be asked for again from then on."""
+        for run in runs:
+            self._run += 1
+            for id in run:
+                queue.todo[id] = (due, self._run)
 
     def _give_up_at(self, peer: bytes, queue: _Queue) -> float:
         config = self.config
@@ -384,6 +442,7 @@ class Puller:
     def _release(self, queue: _Queue, ids: list[bytes]) -> None:
         for id in ids:
             del queue.asked[id]
+            queue.runs.pop(id, None)
             self._pulling.pop(id, None)
 
 

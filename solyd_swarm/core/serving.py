@@ -9,7 +9,21 @@ from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import SERVED_BYTES, Link
 from solyd_swarm.core.log import Log, Record
 from solyd_swarm.core.ordered import fingerprint_of
-from solyd_swarm.core.wire import MAX_BATCH, MAX_ENVELOPE, Frame, Gone, GoneRun, Have, Proof, Pull, Seek, Transfer, encode
+from solyd_swarm.core.wire import (
+    MAX_BATCH,
+    MAX_ENVELOPE,
+    MAX_ROW,
+    Frame,
+    Gone,
+    GoneRun,
+    Have,
+    Proof,
+    Pull,
+    Seek,
+    Transfer,
+    Unmatched,
+    encode,
+)  # fmt: skip
 
 SHORT_RUN = 2
 """Ids that are asked for, and said to be gone, one by one; more that follow one another by their ends."""
@@ -54,20 +68,24 @@ class Server:
         self.offer(link, later, now)
 
     def sought(self, link: Link, frame: Seek, now: float) -> None:
-        """Gives what is there of all that lies in these ranges, or offers it."""
+        """Gives what is there of all in these rows, or offers it; and names the rows in which we have something else."""
+        items = self._log.items
         later: list[bytes] = []
-        left = MAX_BATCH
-        for first, last in frame.ranges:
-            if left <= 0 or link.served >= 2 * SERVED_BYTES:
+        other: list[bytes] = []
+        for first, last, fingerprint in frame.rows:
+            if link.served >= 2 * SERVED_BYTES:
                 break
-            ids = self._log.items.between(first, last, left)
-            left -= len(ids)
-            link.served += GONE_BYTES * len(ids)  # to look for them costs as much as to say that they are gone
-            for id in ids:
+            lower, upper = items.places(first, last)
+            if not 0 < upper - lower <= MAX_ROW or items.fingerprint(lower, upper) != fingerprint:
+                other.append(first[1])
+                continue
+            for id in items.ids(lower, upper):
                 record = self._log.get(id)
                 age = 0 if record is None else self._log.age_ms(record, now)
                 if record is not None and _is_there(record, age, frame.max_age) and not self._give(link, record, age):
                     later.append(id)
+        if other:
+            self._send(link, Unmatched(other))
         self.offer(link, later, now)
 
     def show(self, link: Link, proof: tuple[Envelope, Envelope], age: int) -> None:

@@ -19,7 +19,9 @@ from solyd_swarm.errors import RemoteProtocolError
 MAX_BATCH = 4096
 """Ids in one frame: a peer that sends longer lists is cut off before it makes us allocate for them."""
 MAX_RUNS = 1024
-MAX_SEEK = 256
+MAX_ROWS = 256
+MAX_ROW = 256
+"""Ids in one row of a Seek."""
 MAX_MESSAGE = 16 * 1024 * 1024
 """No message is larger, whatever `max_message_size` says: relays must agree on what they pass on."""
 MAX_ENVELOPE = MAX_MESSAGE + 1024
@@ -273,13 +275,20 @@ class GoneRun(Frame, frozen=True, array_like=True):
 
 
 class Seek(Frame, frozen=True, array_like=True):
-    """Asks for all bodies no older than `max_age` that the receiver has from one item of the digest to another, both included: what
-    others say is gone. There is no answer about the rest.
+    """Asks for all bodies no older than `max_age` of what others say is gone: rows of the digest, each by its first and last item, both
+    included, and the fingerprint of its ids. There is no answer about the rest.
     """
 
     TYPE: ClassVar[int] = 0x4A
     max_age: Age
-    ranges: Annotated[list[tuple[Item, Item]], Meta(max_length=MAX_SEEK)]
+    rows: Annotated[list[tuple[Item, Item, Fingerprint]], Meta(max_length=MAX_ROWS)]
+
+
+class Unmatched(Frame, frozen=True, array_like=True):
+    """The first ids of rows of a Seek in which the sender has other ids: there it has to be asked by id."""
+
+    TYPE: ClassVar[int] = 0x4B
+    ids: Ids
 
 
 class Proof(Frame, frozen=True, array_like=True):
@@ -296,7 +305,7 @@ class Proof(Frame, frozen=True, array_like=True):
 ALL_FRAMES: tuple[type[Frame], ...] = (
     Join, ForwardJoin, Neighbor, NeighborReply, Shuffle, ShuffleReply, Disconnect, Leave,
     Gossip, Ihave, Graft, Prune, Ack,
-    Summary, InSync, Reconcile, Have, Done, Pull, Transfer, Gone, Proof, GoneRun, Seek,
+    Summary, InSync, Reconcile, Have, Done, Pull, Transfer, Gone, Proof, GoneRun, Seek, Unmatched,
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
