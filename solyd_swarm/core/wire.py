@@ -20,7 +20,7 @@ MAX_BATCH = 4096
 """Ids in one frame: a peer that sends longer lists is cut off before it makes us allocate for them."""
 MAX_RUNS = 1024
 MAX_ROWS = 256
-MAX_ROW = 256
+MAX_ROW = 128
 """Ids in one row of a Seek."""
 MAX_MESSAGE = 16 * 1024 * 1024
 """No message is larger, whatever `max_message_size` says: relays must agree on what they pass on."""
