@@ -6,7 +6,7 @@ import pytest
 from simulated import Puppet, digests, gossip, mesh, star
 
 from solyd_swarm.core import pulling as module
-from solyd_swarm.core import wire
+from solyd_swarm.core import rumours, wire
 from solyd_swarm.core.antientropy import AntiEntropyConfig
 from solyd_swarm.core.events import Received
 from solyd_swarm.core.overlay import OverlayConfig
@@ -286,8 +286,9 @@ def test_who_puts_off_for_ever_does_not_keep_a_joiner_from_asking_others(seed: i
 
 
 def test_ids_that_nobody_has_are_bounded(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MAX_QUEUE", "MAX_REFUSED", "MAX_SAID_ONCE"):
+    for name in ("MAX_QUEUE", "MAX_REFUSED"):
         monkeypatch.setattr(module, name, 500)
+    monkeypatch.setattr(rumours, "MAX_SAID_ONCE", 500)
     net = Network(seed)
     peers = mesh(net, 2)
     puppet = Puppet(net)
@@ -304,7 +305,7 @@ def test_ids_that_nobody_has_are_bounded(seed: int, monkeypatch: pytest.MonkeyPa
     assert len(queue.todo) <= 500
     assert len(queue.refused) <= 500
     assert len(queue.asked) <= 64
-    assert len(pulls_state._hearsay) <= 501
+    assert len(pulls_state.rumours._words) <= 501
     net.publish(peers[1], b"still heard")
     net.run(2.0)
     assert peers[0].messages == [b"still heard"]

@@ -139,7 +139,7 @@ class Overlay:
             interval=config.heal_interval,
             patience=config.antientropy.patience,
             open_round=self.antientropy.open_round,
-            lacks=self.antientropy.pulls.lacks,
+            lacks=self.antientropy.pulls.rumours.lacks,
             ask=self.antientropy.pulls.seek,
         )
         self._now = 0.0

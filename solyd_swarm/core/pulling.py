@@ -1,9 +1,8 @@
 """Pulling: fetching from a peer what a digest round, or an offer of its own, showed it to hold and us to lack.
 
 Each id is asked of one peer at a time. No answer of one peer keeps us from asking another: not that it has never heard of the id,
-not silence, not answers to what it was asked later, and that a body is gone is believed only when it was said twice, by two peers
-or by one after a while. Even then all other neighbours are asked, and new ones, for what we would still want: members without
-replay have no bodies of what others hold.
+not silence, not answers to what it was asked later, and not that its body is gone. Even where that is believed (`Rumours`) all other
+neighbours are asked for what we would still want, and new ones for all: members without replay have no bodies of what others hold.
 """
 
 from collections import OrderedDict
@@ -14,7 +13,8 @@ from itertools import chain, islice
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import SERVED_BYTES, Link
 from solyd_swarm.core.log import Log
-from solyd_swarm.core.ordered import fingerprint_of, make_key
+from solyd_swarm.core.ordered import fingerprint_of
+from solyd_swarm.core.rumours import Rumours
 from solyd_swarm.core.serving import SHORT_RUN
 from solyd_swarm.core.wire import MAX_ROW, MAX_ROWS, Gone, GoneRun, Item, Pull, Seek, Unmatched, encode
 
@@ -27,10 +27,6 @@ MAX_REFUSED = 65_536
 """Ids that a peer advertised and then did not give, per peer; they are not asked of it again for a while. The oldest go first."""
 MAX_SEEKS = 32
 """Frames in which a new neighbour is asked for what others say is gone: enough for all of it, unless it was made up to lie scattered."""
-MAX_WORDS = 8
-"""Peers whose word on one id is remembered."""
-MAX_SAID_ONCE = 65_536
-"""Ids that one peer said are gone, until a second one does. The oldest go first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +109,7 @@ class Puller:
         self._queues: dict[bytes, _Queue] = {}
         self._pulling: dict[bytes, bytes] = {}  # id -> the peer asked
         self._run = 0
-        self._missed: dict[bytes, None] = {}  # what is said to be gone although it would be young enough
-        # Id -> who says that it is gone, of what timestamp, since when: until that is believed.
-        self._hearsay: OrderedDict[bytes, dict[bytes, tuple[int, float]]] = OrderedDict()
+        self.rumours = Rumours(log, accept_age, config.refused_ttl)
 
     def link_down(self, link: Link) -> None:
         """What this peer owed us is asked of others, who may have it in their queues too."""
@@ -294,62 +288,28 @@ class Puller:
         others = self._others(link)
         for id, (timestamp, age) in zip(ids, entries, strict=True):
             link.excuse(id)
-            if not self._is_believed(link, id, timestamp, now, alone=not others):
+            self.refuse(link, id, now)
+            if not self.rumours.is_believed(link.peer, id, timestamp, now, alone=not others):
                 doubted.append((timestamp, id))
-            elif self._believe(id, timestamp, age / 1000 + link.round_trip.transit, now):
+            elif self.rumours.believe(id, timestamp, age / 1000 + link.round_trip.transit, now):
                 missed.append((timestamp, id))
         # A second one is asked at once, by the ends of runs: in a round with it, it would list them all again.
         for other in others[:1]:
-            self.enqueue(other, self._in_runs(doubted, 0), now, soon=True)
+            self.enqueue(other, self.rumours.in_runs(doubted, 0), now, soon=True)
         for other in others if missed else ():
-            self.enqueue(other, self._in_runs(missed, 1), now, soon=False)
+            self.enqueue(other, self.rumours.in_runs(missed, 1), now, soon=False)
         for id in ids:
             self.answered(link, id, now)
 
     def said_gone(self, link: Link, id: bytes, timestamp: int, age: float, now: float) -> None:
         """The peer gave a body that is too old for us: as good as its word that there is none. `age` in seconds."""
-        if self._is_believed(link, id, timestamp, now, alone=not self._others(link)):
-            self._believe(id, timestamp, age, now)
+        self.refuse(link, id, now)
+        if self.rumours.is_believed(link.peer, id, timestamp, now, alone=not self._others(link)):
+            self.rumours.believe(id, timestamp, age, now)
 
     def _others(self, link: Link) -> list[Link]:
         """All other neighbours."""
         return [other for other in self._links.values() if other.up and other is not link]
-
-    def _is_believed(self, link: Link, id: bytes, timestamp: int, now: float, *, alone: bool) -> bool:
-        """Notes that the peer says that a body is gone; whether that is enough: two say so, or one does for long, or there is no
-        other (new neighbours are asked for all that is believed)."""
-        self.refuse(link, id, now)
-        words = self._hearsay.setdefault(id, {})
-        said, since = words.pop(link.peer, (timestamp, now))
-        since = since if said == timestamp else now
-        if alone or now >= since + self.config.refused_ttl or any(other == timestamp for other, _ in words.values()):
-            del self._hearsay[id]
-            return True
-        words[link.peer] = (timestamp, since)
-        if len(words) > MAX_WORDS:
-            del words[next(iter(words))]
-        if len(self._hearsay) > MAX_SAID_ONCE:
-            self._hearsay.popitem(last=False)
-        return False
-
-    def _believe(self, id: bytes, timestamp: int, age: float, now: float) -> bool:
-        """From now on it is in our digest, and no round will show that we lack its body: true if we would still want it."""
-        if not self._log.add_gone(id, timestamp, age, now) or age > self._accept_age(now):
-            return False
-        self._missed[id] = None
-        return True
-
-    def _in_runs(self, items: list[Item], step: int) -> list[list[bytes]]:
-        """Ids in the order of the digest, apart where we know of something between; `step`: 1 if they are in our digest, 0 if not."""
-        runs: list[list[bytes]] = []
-        last = -1
-        for timestamp, id in sorted(items):
-            place = self._log.items.index(make_key(timestamp, id))
-            if not runs or place != last + step:
-                runs.append([])
-            runs[-1].append(id)
-            last = place
-        return runs
 
     def seek(self, link: Link, now: float) -> None:
         """Asks somebody else for what is said to be gone, and be it because it was too old: that may be a lie, too. Not often."""
@@ -370,17 +330,6 @@ class Puller:
                 ids = self._log.items.between(*queue.rows.pop(first), MAX_ROW)
                 self.enqueue(link, ([id] for id in ids), now, soon=True)
         self.pull_on(link, now)
-
-    def lacks(self, now: float) -> bool:
-        """Whether there is something that others said is gone, and that we would still want."""
-        since = now - self._accept_age(now)
-        while self._missed:
-            id = next(iter(self._missed))
-            record = self._log.get(id)
-            if record is not None and record.stream is None and record.born >= since:
-                return True
-            del self._missed[id]
-        return False
 
     # -- time -------------------------------------------------------------------------------------------------
 
