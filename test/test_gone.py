@@ -187,6 +187,20 @@ def test_a_joiner_is_told_of_what_is_gone_once(replay: bool, seed: int) -> None:
     assert told < 3 * 10 * 400
 
 
+def test_a_joiner_catches_up_while_the_oldest_ids_expire(seed: int) -> None:
+    """The first of a run may have expired by when it is asked for; the joiner must not wait for it, nor ask two by two."""
+    net = Network(seed, latency=(0.1, 0.1), config=SHORT)
+    server = net.add_peer()
+    for n in range(1250):  # over two windows and a half
+        net.publish(server, b"%d" % n)
+        net.run(WINDOW / 500)
+    joiner = net.add_peer()
+    net.discover(joiner, server)
+    assert net.run_until(lambda: joiner.overlay.antientropy.is_settled(server.id), 2.5)
+    assert len(joiner.messages) >= 300
+    assert joiner.messages == [b"%d" % n for n in range(1250 - len(joiner.messages), 1250)]
+
+
 def test_the_word_of_the_only_neighbour_is_enough_and_every_other_is_asked(seed: int) -> None:
     net = Network(seed)
     peer, puppet, author = net.add_peer(), Puppet(net), Puppet(net, "author")
