@@ -46,6 +46,12 @@ def gone_run(items: Items, age: int) -> wire.GoneRun:
     return wire.GoneRun(ids[0], ids[-1], fingerprint_of(ids), steps, [age] + [0] * (len(ids) - 1))
 
 
+def offer(net: Network, puppet: Puppet, peer: Peer, ids: list[bytes]) -> None:
+    """Returns once the peer has asked for them."""
+    puppet.send(peer, wire.Have(ids))
+    assert net.run_until(lambda: bool(puppet.heard_of(wire.Pull)), 5.0)
+
+
 def made_up(net: Network, count: int) -> Items:
     return [(1000 + number, net.rng.randbytes(32)) for number in range(count)]
 
@@ -207,8 +213,7 @@ def test_the_word_of_the_only_neighbour_is_enough_and_every_other_is_asked(seed:
     envelopes = [author.seal(n, b"%d" % n, time=1000 + n) for n in range(1, 31)]
     items = [(envelope.time, envelope.id) for envelope in envelopes]
     puppet.connect(peer)
-    puppet.send(peer, wire.Have([id for _, id in items]))
-    assert net.run_until(lambda: bool(puppet.heard_of(wire.Pull)), 5.0)
+    offer(net, puppet, peer, [id for _, id in items])
     assert puppet.heard_of(wire.Pull)[0].ids == [id for _, id in items]
     puppet.send(peer, gone_run(items, 900_000))
     net.run(0.1)
@@ -239,8 +244,7 @@ def test_a_wrong_timestamp_hides_no_body(shift: int, seed: int) -> None:
     peer, liar, author = net.add_peer(), Puppet(net, "liar"), Puppet(net, "author")
     envelopes = [author.seal(n, b"%d" % n, time=1000 * n) for n in range(1, 31)]
     liar.connect(peer)
-    liar.send(peer, wire.Have([envelope.id for envelope in envelopes]))
-    assert net.run_until(lambda: bool(liar.heard_of(wire.Pull)), 5.0)
+    offer(net, liar, peer, [envelope.id for envelope in envelopes])
     liar.send(peer, gone_run([(envelope.time + shift, envelope.id) for envelope in envelopes], 900_000))
     net.run(0.1)
     assert len(peer.overlay.log) == 30
@@ -258,8 +262,7 @@ def test_a_neighbour_is_asked_once_for_what_others_say_is_gone(seed: int) -> Non
     peer, one, other = net.add_peer(), Puppet(net, "one"), Puppet(net, "other")
     items = made_up(net, 50)
     one.connect(peer)
-    one.send(peer, wire.Have([id for _, id in items]))
-    assert net.run_until(lambda: bool(one.heard_of(wire.Pull)), 5.0)
+    offer(net, one, peer, [id for _, id in items])
     one.send(peer, gone_run(items, 1000))
     net.run(0.1)
     other.connect(peer, join=False)
@@ -277,8 +280,7 @@ def test_of_two_neighbours_both_are_asked_and_the_second_by_the_ends(seed: int) 
     items = made_up(net, 20)
     for puppet in (one, other):
         puppet.connect(peer)
-    one.send(peer, wire.Have([id for _, id in items]))
-    assert net.run_until(lambda: bool(one.heard_of(wire.Pull)), 5.0)
+    offer(net, one, peer, [id for _, id in items])
     one.send(peer, gone_run(items, 1000))
     net.run(0.1)
     assert len(peer.overlay.log) == 0
@@ -297,8 +299,7 @@ def test_a_second_neighbour_is_asked_in_the_order_of_the_digest(seed: int) -> No
     for puppet in (one, other):
         puppet.connect(peer)
     mixed = items[10:] + items[:10]
-    one.send(peer, wire.Have([id for _, id in mixed]))
-    assert net.run_until(lambda: bool(one.heard_of(wire.Pull)), 5.0)
+    offer(net, one, peer, [id for _, id in mixed])
     one.send(peer, gone_run(mixed, 1000))
     net.run(0.1)
     (pull,) = other.heard_of(wire.Pull)
@@ -312,8 +313,7 @@ def test_a_liar_that_changes_its_word_does_not_undo_that_of_others(seed: int) ->
     for puppet in (liar, one, other):
         puppet.connect(peer)
     for puppet, timestamp in ((one, 7), (liar, 1), (other, 7)):
-        puppet.send(peer, wire.Have([id]))
-        assert net.run_until(lambda: bool(puppet.heard_of(wire.Pull)), 5.0)  # noqa: B023
+        offer(net, puppet, peer, [id])
         puppet.send(peer, wire.Gone(id, True, timestamp, 1000))
         net.run(0.1)
     assert list(peer.overlay.log.items) == [(7, id)]
@@ -326,8 +326,7 @@ def test_what_is_left_of_a_run_whose_end_has_expired_is_asked_for_at_once(seed: 
     ids = [id for _, id in items]
     for puppet in (one, other):
         puppet.connect(peer)
-    one.send(peer, wire.Have(ids))
-    assert net.run_until(lambda: bool(one.heard_of(wire.Pull)), 5.0)
+    offer(net, one, peer, ids)
     one.send(peer, gone_run(items, 1000))
     net.run(0.1)
     assert other.heard_of(wire.Pull)[0].runs == [(ids[0], ids[-1])]
@@ -345,8 +344,7 @@ def test_two_that_disagree_on_the_timestamp_are_not_believed(seed: int) -> None:
     for puppet in puppets:
         puppet.connect(peer)
     for puppet, timestamp, believed in zip(puppets, (1, 2, 2), (False, False, True), strict=True):
-        puppet.send(peer, wire.Have([id]))
-        assert net.run_until(lambda: bool(puppet.heard_of(wire.Pull)), 5.0)  # noqa: B023
+        offer(net, puppet, peer, [id])
         puppet.send(peer, wire.Gone(id, True, timestamp, 1000))
         net.run(0.1)
         assert peer.overlay.log.holds(id) == believed
@@ -363,8 +361,7 @@ def test_a_wrong_timestamp_is_put_right(seed: int) -> None:
     ids = [id for _, id in peers[0].overlay.log.items]
     victim, liar = net.add_peer(config=config), Puppet(net, "liar")
     liar.connect(victim)
-    liar.send(victim, wire.Have(ids))
-    assert net.run_until(lambda: bool(liar.heard_of(wire.Pull)), 5.0)
+    offer(net, liar, victim, ids)
     liar.send(victim, gone_run([(1 + place, id) for place, id in enumerate(ids)], 61_000))
     net.run(0.1)
     assert [timestamp for timestamp, _ in victim.overlay.log.items] == [1, 2, 3, 4, 5]
@@ -380,8 +377,7 @@ def test_a_run_that_is_not_what_was_asked_for_is_asked_for_one_by_one(lie: str, 
     peer, puppet = net.add_peer(), Puppet(net)
     items = made_up(net, 12)
     puppet.connect(peer)
-    puppet.send(peer, wire.Have([id for _, id in items]))
-    assert net.run_until(lambda: bool(puppet.heard_of(wire.Pull)), 5.0)
+    offer(net, puppet, peer, [id for _, id in items])
     answer = gone_run(items, 1000)
     if lie == "another number":
         answer = wire.GoneRun(answer.first, answer.last, answer.fingerprint, answer.timestamps[:-1], answer.ages[:-1])
@@ -406,8 +402,7 @@ def test_an_answer_to_nothing_says_nothing(seed: int) -> None:
     items = made_up(net, 5)
     puppet.connect(peer)
     puppet.send(peer, gone_run(items, 1000))
-    puppet.send(peer, wire.Have([id for _, id in items[1:4]]))
-    assert net.run_until(lambda: bool(puppet.heard_of(wire.Pull)), 5.0)
+    offer(net, puppet, peer, [id for _, id in items[1:4]])
     puppet.send(peer, gone_run(items, 1000), gone_run(items[::-1], 1000))
     net.run(0.1)
     assert len(peer.overlay.log) == 0

@@ -312,7 +312,10 @@ class Puller:
         return [other for other in self._links.values() if other.up and other is not link]
 
     def seek(self, link: Link, now: float) -> None:
-        """Asks somebody else for what is said to be gone, and be it because it was too old: that may be a lie, too. Not often."""
+        """Asks somebody else for what is said to be gone, and be it because it was too old: that may be a lie, too.
+
+        Not sooner than `refused_ttl` after the last time: a peer can come and go as often as it likes.
+        """
         queue = self._queue(link)
         if now < queue.sought_at + self.config.refused_ttl:
             return
@@ -336,7 +339,7 @@ class Puller:
     def tick(self, now: float) -> list[float]:
         """Pulls what is due and gives up on who is silent; returns when to come back."""
         times: list[float] = []
-        for link in self._links.values():
+        for link in self._links.values() if self._log.rumours else ():  # this is asked often, and there are none mostly
             if link.up and link.peer in self._queues and self._queues[link.peer].sought != self._log.rumours:
                 self.seek(link, now)
                 times.append(self._queues[link.peer].sought_at + self.config.refused_ttl)

@@ -3,27 +3,14 @@
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
+from solyd_swarm.core import wire
 from solyd_swarm.core.doubts import DIVIDED_AGE
 from solyd_swarm.core.envelope import Envelope
 from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.link import SERVED_BYTES, Link
 from solyd_swarm.core.log import Log, Record
 from solyd_swarm.core.ordered import fingerprint_of
-from solyd_swarm.core.wire import (
-    MAX_BATCH,
-    MAX_ENVELOPE,
-    MAX_ROW,
-    Frame,
-    Gone,
-    GoneRun,
-    Have,
-    Proof,
-    Pull,
-    Seek,
-    Transfer,
-    Unmatched,
-    encode,
-)  # fmt: skip
+from solyd_swarm.core.wire import MAX_BATCH, MAX_ENVELOPE, MAX_ROW, Frame, Gone, GoneRun, Have, Proof, Pull, Seek, Transfer, encode
 
 SHORT_RUN = 2
 """Ids that are asked for, and said to be gone, one by one; more that follow one another by their ends."""
@@ -85,7 +72,7 @@ class Server:
                 if record is not None and _is_there(record, age, frame.max_age) and not self._give(link, record, age):
                     later.append(id)
         if other:
-            self._send(link, Unmatched(other))
+            self._send(link, wire.Unmatched(other))
         self.offer(link, later, now)
 
     def show(self, link: Link, proof: tuple[Envelope, Envelope], age: int) -> None:

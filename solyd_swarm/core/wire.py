@@ -254,7 +254,8 @@ class Gone(Frame, frozen=True, array_like=True):
 class GoneRun(Frame, frozen=True, array_like=True):
     """As Gone with `known`, for ids that one Pull asks for one after another: from `first` to `last`, both included.
 
-    Of the first its timestamp and age, of each further one by how much they differ from those of the one before.
+    Of the first its timestamp and age, of each further one by how much they differ from those of the one before. `fingerprint`: of
+    all these ids, for what lies between the two may not be the same on both sides.
     """
 
     TYPE: ClassVar[int] = 0x49
