@@ -207,7 +207,7 @@ class BaseNode:
     def _tell_addresses(self) -> None:
         me = make_peer_info(self.endpoint.instance, self.addresses())
         for membership in self._topics.values():
-            membership.driver.overlay.membership.me = me
+            membership.driver.overlay.membership.views.me = me
 
     def _tell(self, info: PeerInfo, peer: bytes) -> PeerInfo:
         """A peer as another one may know it: addresses of a network only to whom we reach inside that network."""
@@ -316,7 +316,7 @@ class BaseNode:
             ledger=memory.ledger if memory is not None else None,
         )
         driver = Driver(overlay, topic_key, _Transport(self), sink, self.home.loop, asleep=self._changes.asleep)
-        overlay.membership.tells = self._tell
+        overlay.membership.views.tells = self._tell
         self._topics[topic_key] = _Membership(driver, memory, unread)
         self.endpoint.attach(driver)
         for source in self.sources.values():

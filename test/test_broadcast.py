@@ -179,7 +179,7 @@ def test_a_link_is_not_congested_for_ever(seed: int) -> None:
     # What `one` does when it makes room for another.
     net._carry_out(one, Send(other.id, wire.encode(wire.Disconnect())))
     one.overlay.membership._drop(link, "made room for another neighbour")
-    one.overlay.membership._remember(link.info, b"")
+    one.overlay.membership.views.remember(link.info, b"")
     net.run(5.0)
     assert one.overlay.neighbors[other.id] is link
     assert not link.congested

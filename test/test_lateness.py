@@ -41,6 +41,32 @@ def test_ages_that_go_up_and_down_tell_of_nothing() -> None:
     assert late.has_jumped(b"one", 0.0, AGE + 0.1)
 
 
+@pytest.mark.parametrize(("age", "falls"), [(0.9 * AGE - 0.001, True), (0.9 * AGE + 0.001, False), (2 * AGE, False)])
+def test_an_age_that_falls_tells_of_a_shorter_way(age: float, falls: bool) -> None:
+    late = lateness()
+    assert not late.has_fallen
+    late.has_jumped(b"one", 0.0, age)
+    assert late.has_fallen == falls
+    late.has_jumped(b"one", 0.0, age)
+    assert not late.has_fallen
+
+
+def test_ages_of_a_few_milliseconds_tell_of_nothing() -> None:
+    """They are rounded to whole ones on every hop."""
+    late = Lateness(INITIAL, LEAST, 1.0)
+    for number in range(100):
+        late.has_jumped(b"one", 0.0, 0.001 * (1 + number % 3))
+        assert not late.has_fallen
+
+
+def test_no_age_falls_where_several_speak() -> None:
+    late = lateness()
+    late.has_jumped(b"two", 0.0, AGE / 2)
+    assert not late.has_fallen
+    late.has_jumped(b"one", 0.0, AGE / 4)
+    assert not late.has_fallen
+
+
 def test_nothing_tells_of_failures_where_several_speak() -> None:
     """What is a short way for one is a long one for another."""
     late = lateness()

@@ -109,7 +109,7 @@ def test_addresses_go_to_those_only_who_may_be_told(seed: int) -> None:
     net.filter = look
     peers = [net.add_peer() for _ in range(20)]
     for peer in peers:
-        peer.overlay.membership.tells = lambda info, to: info if may_know(info, to) else wire.make_peer_info(info.instance, ())
+        peer.overlay.membership.views.tells = lambda info, to: info if may_know(info, to) else wire.make_peer_info(info.instance, ())
     for peer in peers[1:]:
         net.discover(peer, peers[0])
         net.run(0.1)

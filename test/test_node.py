@@ -71,13 +71,13 @@ async def test_when_all_interfaces_vanish_there_is_no_address_and_still_a_ticket
     async with pubsub("room", **LOOPBACK | {"listen": ("", 0)}) as swarm:
         node = swarm._node
         membership = (await until(lambda: swarm._driver)).overlay.membership
-        assert membership.me.addresses == (("127.0.0.1", node.port),)
+        assert membership.views.me.addresses == (("127.0.0.1", node.port),)
         monkeypatch.setattr(reach, "usable_interfaces", gone)
         assert node.addresses() == ()
         assert parse_contact(swarm.ticket).addresses == (("127.0.0.1", node.port),)
         node._address_timer.cancel()
         node._renew_addresses()
-        assert membership.me.addresses == ()
+        assert membership.views.me.addresses == ()
         assert not node._reach.may_go_to("127.0.0.1")
 
 

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from simulated import Puppet, come_back, digests, disordered, repeated
 from test_overlay_hostile import Fiend
 
+from solyd_swarm.core.events import Congested, Drained
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.simulation.network import Network
 from solyd_swarm.simulation.peer import Peer
@@ -109,6 +110,15 @@ class SwarmMachine(RuleBasedStateMachine):
             self.puppet.send(victim, fiend.frame())
             self.net.run(0.001)
 
+    @rule(n=pick, which=pick, congested=st.booleans())
+    def lag(self, n: int, which: int, congested: bool) -> None:
+        """A neighbour's queue does not drain, or does so again."""
+        peer = self.member(n)
+        neighbors = list(peer.overlay.neighbors)
+        if neighbors:
+            other = neighbors[which % len(neighbors)]
+            self.net.feed(peer, Congested(other) if congested else Drained(other))
+
     @rule(seconds=st.sampled_from([0.01, 0.1, 1.0, 5.0]))
     def wait(self, seconds: float) -> None:
         self.net.run(seconds)
@@ -117,7 +127,7 @@ class SwarmMachine(RuleBasedStateMachine):
     def nothing_grows_nor_repeats(self) -> None:
         for peer in self.members if hasattr(self, "net") else ():
             membership = peer.overlay.membership
-            assert len(membership.active) <= membership.config.active_size
+            assert len(membership.active) <= membership.config.active_most
             assert len(membership.passive) <= membership.config.passive_size
             assert not repeated(peer)
             assert not disordered(peer)
@@ -157,7 +167,7 @@ class SwarmMachine(RuleBasedStateMachine):
         authors = {peer.overlay.author for peer in net.peers if not isinstance(peer.overlay, Puppet)}
         everything = {payload for payloads in self.published.values() for payload in payloads}
         for peer in net.peers:
-            assert len(peer.overlay.neighbors) <= 5
+            assert len(peer.overlay.neighbors) <= 9
             assert not repeated(peer)
             assert not disordered(peer)
             honest = [each.envelope for each in peer.delivered if each.envelope.author in authors]

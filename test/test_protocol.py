@@ -400,8 +400,10 @@ def frame_fields(v: Vectors) -> dict[str, list[Any]]:
     items = [(each["fields"][4], each["id"]) for each in (one, two)]
     pull = [[one["id"]], 600_000, [[v["envelope.equivocation_id"], two["id"]]]]
     return {
-        "join": [], "forward_join": [me, 6], "neighbor": [True], "neighbor_reply": [True, [you]], "shuffle": [me, 5, [you]],
+        "join": [], "forward_join": [me, 6], "neighbor": [False, v["noise.r.instance"]], "neighbor_reply": [True, [you]],
+        "shuffle": [me, 5, [you]],
         "shuffle_reply": [instance, [you]], "disconnect": [[you]], "leave": [],
+        "view": [[you]],
         "gossip": [250, 0, one["body"], one["signature"]], "ihave": [[one["id"], two["id"]], [0, 300]], "graft": [[one["id"]]],
         "prune": [], "ack": [70_000],
         "summary": [9, 3, v["digest.fingerprint"]], "in_sync": [9], "reconcile": [9, True, v["digest.first_message"], 2],

@@ -12,6 +12,7 @@ from solyd_swarm.core.events import Action, Send
 from solyd_swarm.core.lateness import Lateness, Pause
 from solyd_swarm.core.link import SERVED_BYTES, Link
 from solyd_swarm.core.log import Log, Record
+from solyd_swarm.core.ways import Ways
 from solyd_swarm.core.wire import MAX_BATCH, Frame, Gossip, Graft, Have, Ihave, Prune, encode
 from solyd_swarm.errors import RemoteProtocolError
 
@@ -112,22 +113,22 @@ class Broadcast:
         self._lateness = Lateness(config.graft_timeout, config.graft_timeout_min, config.graft_timeout_max)
         self.swaps = 0
         """Branches of the tree that were swapped for shorter ones."""
-        self.refloods = 0
-        """Times that all links were made eager, to find the fastest way where the tree had failed."""
+        self.ways = Ways(active, self._lateness, out, config.optimization_pause, config.optimization_pause_max)
         self._swap_pause = Pause(config.optimization_pause, config.optimization_pause_max)
-        self._reflood_pause = Pause(config.optimization_pause, config.optimization_pause_max)
         self._grafted_share = 0.0  # of the latest envelopes, those that had to be grafted
 
-    def neighbor_up(self, link: Link) -> None:
-        self._swap_pause.reset()
-        self._reflood_pause.reset()
-        link.eager = True
+    def neighbor_up(self, link: Link, now: float) -> None:
+        self._neighbors_changed()
+        link.eager, link.eager_since = True, now
         link.congested = False
 
     def neighbor_down(self, link: Link) -> None:
-        self._swap_pause.reset()
-        self._reflood_pause.reset()
+        self._neighbors_changed()
         self._lazy.pop(link.peer, None)
+
+    def _neighbors_changed(self) -> None:
+        self._swap_pause.reset()
+        self.ways.neighbors_changed()
 
     # -- sending ----------------------------------------------------------------------------------------------
 
@@ -202,11 +203,14 @@ class Broadcast:
             if not link.congested:
                 link.make_eager(now)
         announcers = [peer for peer, _ in missing.announcers] if missing else []
+        asked = missing.asked if missing else {}
+        may_race = link.up and not self.is_failing
+        lazy = self.ways.reflood(link, record.id, now) if jumped and may_race else None
+        self.ways.came(link, now, in_time=not jumped and link.peer not in asked, may_race=may_race and lazy is None)
+        if lazy is not None:
+            return lazy.union(announcers)
         if not link.up:
             return announcers
-        if jumped and not self.is_failing and self._reflood_pause.is_over(now):
-            return self._reflood(link, record.id, now).union(announcers)
-        asked = missing.asked if missing else {}
         if asked or jumped:
             # It had to be grafted: which copy came first is chance. Only a link that had to serve for it alone goes back to what it was.
             for peer, other in self._active.items():
@@ -235,26 +239,6 @@ class Broadcast:
         assert record.envelope is not None
         age = now - record.born
         return age - lag < DIVIDED_AGE and self._lateness.has_jumped(record.envelope.author, lag, age)
-
-    def _reflood(self, link: Link | None, id: bytes, now: float) -> set[bytes]:
-        """The tree has failed somewhere before us, and whose graft was the quickest says little about ways: so the next envelope comes
-        over all links, as at first, and the fastest stays.
-
-        Returns:
-            The neighbours whose links were lazy.
-        """
-        self._reflood_pause.begin(now)
-        self.refloods += 1
-        lazy: set[bytes] = set()
-        for peer, other in self._active.items():
-            if other is link or other.congested:
-                continue
-            other.spare(id)
-            if not other.eager:
-                other.make_eager(now)
-                lazy.add(peer)
-                self._send(peer, Graft([]))
-        return lazy
 
     def _optimize(self, other: Link, hops: int, record: Record, now: float) -> bool:
         """Makes the link of an announcer a branch of the tree, instead of the one that brought the envelope, if it is much shorter."""
@@ -310,8 +294,8 @@ class Broadcast:
         if missing.asked:
             self._note_failure(True)
         jumped = self._has_jumped(record, now - missing.heard_at, now)
-        if jumped and not self.is_failing and self._reflood_pause.is_over(now):
-            self._reflood(None, id, now)
+        if jumped and not self.is_failing:
+            self.ways.reflood(None, id, now)
 
     def handle(self, link: Link, frame: Frame, now: float) -> None:
         """One broadcast frame of a neighbour, but for Gossip."""

@@ -82,7 +82,7 @@ class Healing:
     def discovered(self, event: Discovered, now: float) -> None:
         """A source found someone: a neighbour at once, while there is room."""
         key = event.instance or event.addresses
-        if not event.addresses or event.instance == self._membership.me.instance or self._is_linked(event.instance, event.addresses):
+        if not event.addresses or event.instance == self._membership.views.me.instance or self._is_linked(event.instance, event.addresses):
             return
         self._candidates[key] = (event.instance, event.addresses)
         while len(self._candidates) > MAX_CANDIDATES:

@@ -1,4 +1,7 @@
-"""How late the tree brings what was announced: when to graft, and when a way has become so much longer that it is to be sought anew."""
+"""How late the tree brings what was announced, and how old: when to graft, and when a way has become so much longer, or shorter, that
+ways are to be sought anew."""
+
+from collections import deque
 
 from solyd_swarm.core.roundtrip import Peak, RoundTrip
 
@@ -6,6 +9,12 @@ SOLO = 16
 """Envelopes in a row by one author after which the tree is taken to serve nobody else."""
 USUAL_FADING = 0.97
 """Per envelope: what a lag was while the swarm formed says nothing about failures a hundred envelopes later."""
+FALL = 0.1
+"""Share by which the age on arrival falls where a shorter way has opened; and by at least"""
+LEAST_FALL = 0.002
+"""seconds, for ages are told in milliseconds."""
+FALL_SAMPLES = 3
+"""Envelopes that were all older than that: one that was late by chance is followed by one that seems early."""
 GRAFT_HOPS = 20
 """Hops by which a new tree may lag behind an announcement: what trees of 1,000 peers have."""
 
@@ -29,6 +38,9 @@ class Lateness:
         self._in_a_row = 0
         self._age = 0.0
         self._lag = 0.0
+        self._ages: deque[float] = deque(maxlen=FALL_SAMPLES)
+        self.has_fallen = False
+        """Whether the last envelope came by a shorter way than those before; where one author speaks alone."""
 
     def sample(self, lag: float) -> None:
         """Takes in the lag of what nobody was asked for."""
@@ -47,6 +59,11 @@ class Lateness:
         first = self._initial if round_trip is None else max(self._initial, GRAFT_HOPS / 2 * round_trip)
         return self._longest.timeout(min(first, self._most), self._least, self._most)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether one author speaks alone."""
+        return self._in_a_row >= SOLO
+
     def has_jumped(self, author: bytes, lag: float, age: float) -> bool:
         """Whether the tree has failed an envelope somewhere: it lags so much more than the last one, and than envelopes do here, that
         somebody must have grafted it, at least a timeout later. What it is older than the last one was on arrival is a lag too: nobody
@@ -59,7 +76,10 @@ class Lateness:
             age: seconds since publication.
         """
         self._in_a_row = self._in_a_row + 1 if author == self._author else 0
-        is_alone = self._in_a_row >= SOLO
+        is_alone = self.is_alone
+        low = min(self._ages, default=0.0)
+        self.has_fallen = is_alone and low - age > max(FALL * low, LEAST_FALL)
+        self._ages.append(age)
         growth = age - self._age if is_alone else 0.0
         # Announcements are gathered, and so are off by more than ages are.
         usual = 2 * self._lag + self._usual.timeout(self._least, self._least, self._most)

@@ -8,12 +8,13 @@ of failed neighbours.
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
 from solyd_swarm.core.events import Action, Addresses, Dial, NeighborDown, NeighborUp, Send
 from solyd_swarm.core.link import Link
+from solyd_swarm.core.views import Views
 from solyd_swarm.core.wire import (
     MAX_PEERS,
     Disconnect,
@@ -72,6 +73,11 @@ class MembershipConfig:
     # A dial plus a request, on a slow path; after that the next candidate gets its turn.
     request_timeout: float = 5.0
 
+    @property
+    def active_most(self) -> int:
+        """The most neighbours there ever are: where one is slow, and all its others are adopted beside ours (`adoption`)."""
+        return 2 * self.active_size - 1
+
 
 class Membership:
     """Active and passive view of one topic. It appends what is to be done to `out`.
@@ -92,18 +98,17 @@ class Membership:
         on_up: Callable[[Link], None],
         on_down: Callable[[Link], None],
     ) -> None:
-        self.me = me
-        self.tells: Callable[[PeerInfo, bytes], PeerInfo] | None = None
-        """What of a peer's addresses another one (by instance key) is told; None: all."""
         self.config = config
-        self.active: dict[bytes, Link] = {}
-        self.passive: dict[bytes, tuple[PeerInfo, bytes]] = {}  # with who told us (empty: a source, or the peer itself)
+        self.views = Views(me, links, rng, config.passive_size)
+        self.active = self.views.active
+        self.passive = self.views.passive
         self._links = links
         self._out = out
         self._rng = rng
         self._on_up = on_up
         self._on_down = on_down
         self._requests: dict[bytes, float] = {}  # asked or being dialled for a place, until when
+        self._adopting: dict[bytes, bytes] = {}  # those of them that come in addition, instead of which slow neighbour
         self._shuffle_routes: dict[bytes, bytes] = {}  # origin of a walk that we passed on -> where it came from
         self._rests: dict[bytes, tuple[float, float]] = {}  # peer whose link failed -> dialled no sooner than, next pause
         self._next_shuffle = 0.0
@@ -131,32 +136,43 @@ class Membership:
 
     def link_up(self, link: Link, now: float) -> None:
         """A link has come up; who dialled it asks for a place."""
-        self._requests.pop(link.peer, None)
+        instead = self._forget_request(link.peer)
         self.passive.pop(link.peer, None)
         if link.initiated:
             high, self._mixing = link.peer == self._mixing, b""
-            self.request(link, now, high=high)
+            self.request(link, now, high=high, instead=instead)
         elif self.has_room:
-            self._remember(link.info, b"")
+            self.views.remember(link.info, b"")
 
-    def request(self, link: Link, now: float, *, high: bool = False) -> None:
-        """Asks for a place in the peer's active view: by Join where we are alone."""
+    def _forget_request(self, peer: bytes) -> bytes:
+        """Whom the peer was to be a neighbour instead of, if it was asked for that."""
+        self._requests.pop(peer, None)
+        return self._adopting.pop(peer, b"")
+
+    def request(self, link: Link, now: float, *, high: bool = False, instead: bytes = b"") -> None:
+        """Asks for a place in the peer's active view: by Join where we are alone.
+
+        Args:
+            instead: a slow neighbour of both; the place is in addition to what we have.
+        """
         if link.peer in self.active or link.peer in self._requests:
             return
         high = high or self._is_stuck
-        if self.active and not high and len(self.active) + len(self._requests) >= self.config.active_size:
-            self._remember(link.info, b"")
+        if instead:
+            self._adopting[link.peer] = instead
+        elif self.active and not high and len(self.active) + len(self._requests) >= self.config.active_size:
+            self.views.remember(link.info, b"")
             return
         self._requests[link.peer] = now + self.config.request_timeout
-        self._send(link.peer, Neighbor(high) if self.active else Join())
+        self._send(link.peer, Neighbor(high, instead) if self.active else Join())
 
     def link_down(self, link: Link, reason: str, now: float, *, failed: bool) -> None:
         """A link is gone. `failed`: it may be back; False: the peer left the topic."""
-        self._requests.pop(link.peer, None)
+        self._forget_request(link.peer)
         self.passive.pop(link.peer, None)
         self._drop(link, reason)
         if failed and link.info.addresses:
-            self._remember(link.info, b"")
+            self.views.remember(link.info, b"")
             self._rest(link.peer, now)
         self._fill(now)
 
@@ -172,7 +188,7 @@ class Membership:
 
     def dial_failed(self, instance: bytes, now: float) -> None:
         """Nobody there: forget it, try the next."""
-        self._requests.pop(instance, None)
+        self._forget_request(instance)
         self.passive.pop(instance, None)
         self._fill(now)
 
@@ -201,10 +217,10 @@ class Membership:
             case ShuffleReply():
                 self._shuffle_replied(link, frame)
             case Disconnect():
-                self._learn(frame.peers, link.peer)
+                self.views.learn(frame.peers, link.peer)
                 if link.peer in self.active:
                     self._drop(link, "made room for another neighbour")
-                    self._remember(link.info, b"")
+                    self.views.remember(link.info, b"")
                 self._fill(now, avoid=link.peer)
 
     def stray(self, link: Link, now: float) -> None:
@@ -213,30 +229,30 @@ class Membership:
             link.parted_at = now
             self._send(link.peer, Disconnect())
 
-    def _accept(self, link: Link) -> None:
+    def _accept(self, link: Link, *, beyond: bool = False) -> None:
         self._send(link.peer, NeighborReply(True, self._others(link.peer)))
-        self._add(link)
+        self._add(link, beyond=beyond)
 
     def _forward_join(self, newcomer: Link) -> None:
         if newcomer.info.addresses:
             for peer in self.active:
                 if peer != newcomer.peer:
-                    self._send(peer, ForwardJoin(self._known(newcomer.info, peer), self.config.active_random_walk))
+                    self._send(peer, ForwardJoin(self.views.known(newcomer.info, peer), self.config.active_random_walk))
 
     def _walk_join(self, link: Link, frame: ForwardJoin, now: float) -> None:
         peer = frame.peer.instance
-        if peer == self.me.instance:
+        if peer == self.views.me.instance:
             return
         ttl = min(frame.ttl, self.config.active_random_walk)
         if ttl == 0 or len(self.active) <= 1:
             self._approach(frame.peer, link.peer, now)
             return
         if ttl == self.config.passive_random_walk:
-            self._remember(frame.peer, link.peer)
+            self.views.remember(frame.peer, link.peer)
         onward = [other for other in self.active if other not in (link.peer, peer)]
         if onward:
             peer = self._rng.choice(onward)
-            self._send(peer, ForwardJoin(self._known(frame.peer, peer), ttl - 1))
+            self._send(peer, ForwardJoin(self.views.known(frame.peer, peer), ttl - 1))
         else:
             self._approach(frame.peer, link.peer, now)
 
@@ -246,26 +262,27 @@ class Membership:
             self._accept(link)
         else:
             self._send(link.peer, NeighborReply(False, self._others(link.peer)))
-            self._remember(link.info, b"")
+            self.views.remember(link.info, b"")
 
     def _replied(self, link: Link, frame: NeighborReply, now: float) -> None:
         expected = self._requests.pop(link.peer, None) is not None
         if expected or link.up:
-            self._learn(frame.peers, link.peer)
+            self.views.learn(frame.peers, link.peer)
+        beyond = bool(self._forget_request(link.peer))
         if frame.accepted and (expected or link.peer in self.active):
-            self._add(link)
+            self._add(link, beyond=beyond)
         elif frame.accepted:
             # We gave up waiting, and it holds us for a neighbour: views stay symmetric.
             self._send(link.peer, Disconnect())
         else:
             # The yes to an earlier request may have crossed the goodbye that took it back: it does not hold us.
             self._drop(link, "has no room")
-            self._remember(link.info, b"")
+            self.views.remember(link.info, b"")
             if not self.active:
                 self._fill(now, avoid=link.peer)
 
     def _walk_shuffle(self, link: Link, frame: Shuffle) -> None:
-        if frame.origin.instance == self.me.instance:
+        if frame.origin.instance == self.views.me.instance:
             return
         ttl = min(frame.ttl, self.config.active_random_walk) - 1
         onward = [other for other in self.active if other not in (link.peer, frame.origin.instance)]
@@ -275,36 +292,37 @@ class Membership:
                 del self._shuffle_routes[next(iter(self._shuffle_routes))]
             self._send_shuffle(self._rng.choice(onward), frame.origin, ttl, frame.peers)
             return
-        answer = self._sample(min(len(frame.peers) + 1, MAX_PEERS), frame.origin.instance)
-        self._send(link.peer, ShuffleReply(frame.origin.instance, self._told(answer, link.peer)))
-        self._learn([frame.origin, *frame.peers], link.peer)
+        answer = self.views.sample(min(len(frame.peers) + 1, MAX_PEERS), frame.origin.instance)
+        self._send(link.peer, ShuffleReply(frame.origin.instance, self.views.told(answer, link.peer)))
+        self.views.learn([frame.origin, *frame.peers], link.peer)
 
     def _shuffle_replied(self, link: Link, frame: ShuffleReply) -> None:
         back = self._shuffle_routes.pop(frame.origin, None)
-        if frame.origin == self.me.instance:
-            self._learn(frame.peers, link.peer)
+        if frame.origin == self.views.me.instance:
+            self.views.learn(frame.peers, link.peer)
         elif back in self.active:
-            self._send(back, ShuffleReply(frame.origin, self._told(frame.peers, back)))
+            self._send(back, ShuffleReply(frame.origin, self.views.told(frame.peers, back)))
 
     # -- views ------------------------------------------------------------------------------------------------
 
-    def _add(self, link: Link) -> None:
-        self._requests.pop(link.peer, None)
+    def _add(self, link: Link, *, beyond: bool = False) -> None:
+        self._forget_request(link.peer)
         self.passive.pop(link.peer, None)
         if link.peer in self.active:
             return
-        while len(self.active) >= self.config.active_size:
+        if len(self.active) >= (self.config.active_most if beyond else self.config.active_size):
             # At random, as in the paper, but rather one that is no branch of the broadcast tree.
-            lazy = [peer for peer, other in self.active.items() if not other.eager]
-            victim = self.active[self._rng.choice(lazy or list(self.active))]
-            self._send(victim.peer, Disconnect(self._others(victim.peer)))
-            self._drop(victim, "made room for another neighbour")
-            self._remember(victim.info, b"")
+            self._part(self._rng.choice(self.views.lazy or list(self.active.values())), "made room for another neighbour")
         self.active[link.peer] = link
         self._fill_soon()
         link.up = True
         self._out.append(NeighborUp(link.peer, link.author))
         self._on_up(link)
+
+    def _part(self, link: Link, reason: str) -> None:
+        self._send(link.peer, Disconnect(self._others(link.peer)))
+        self._drop(link, reason)
+        self.views.remember(link.info, b"")
 
     def _drop(self, link: Link, reason: str) -> None:
         if self.active.pop(link.peer, None) is not None:
@@ -315,48 +333,23 @@ class Membership:
 
     def discovered(self, instance: bytes, addresses: Addresses) -> None:
         """A source found a peer whose instance key it tells."""
-        self._remember(make_peer_info(instance, addresses), b"")
-
-    def _learn(self, peers: Iterable[PeerInfo], via: bytes) -> None:
-        for info in peers:
-            self._remember(info, via)
-
-    def _remember(self, info: PeerInfo, via: bytes) -> None:
-        if info.instance in self.active or info.instance == self.me.instance:
-            return
-        if not info.addresses and info.instance not in self._links:
-            return
-        known = self.passive.get(info.instance)
-        if known is not None and via and known[1] != via:
-            return  # nobody's hearsay replaces the addresses that another, or the peer itself, told us
-        self.passive[info.instance] = (info, via)
-        # Bounds a peer that floods us with made-up entries: one of its own goes once it has half of the view, else a random one.
-        told = [instance for instance, (_, teller) in self.passive.items() if via and teller == via]
-        if 2 * len(told) > self.config.passive_size:
-            del self.passive[self._rng.choice(told)]
-        while len(self.passive) > self.config.passive_size:
-            del self.passive[self._rng.choice(list(self.passive))]
+        self.views.remember(make_peer_info(instance, addresses), b"")
 
     def _others(self, peer: bytes) -> list[PeerInfo]:
-        return self._sample(self.config.shuffle_passive, peer)
-
-    def _sample(self, size: int, without: bytes) -> list[PeerInfo]:
-        known = [link.info for link in self.active.values()] + [info for info, _ in self.passive.values()]
-        usable = [info for info in known if info.instance != without and info.addresses]
-        return self._rng.sample(usable, min(size, len(usable)))
+        return self.views.sample(self.config.shuffle_passive, peer)
 
     def _approach(self, info: PeerInfo, via: bytes, now: float) -> None:
         """Works towards having this peer as a neighbour: over a link that is there, or by a dial."""
         peer = info.instance
-        if peer in self.active or peer in self._requests or peer == self.me.instance:
+        if peer in self.active or peer in self._requests or peer == self.views.me.instance:
             return
         link = self._links.get(peer)
         if link is not None:
             self.request(link, now)
         elif len(self.active) + len(self._requests) >= self.config.active_size:
-            self._remember(info, via)  # bounds walks made up to have us dial all the world
+            self.views.remember(info, via)  # bounds walks made up to have us dial all the world
         elif (rested := self._rests.get(peer, (now, 0.0))[0]) > now:
-            self._remember(info, via)
+            self.views.remember(info, via)
             self._next_fill = min(self._next_fill, rested)
         elif info.addresses:
             self._requests[peer] = now + self.config.request_timeout
@@ -374,13 +367,44 @@ class Membership:
         self._fill_pause = self.config.fill_interval
         self._next_fill = 0.0
 
+    # -- adoption -------------------------------------------------------------------------------------------
+
+    def adopt(self, info: PeerInfo, slow: bytes, now: float) -> None:
+        """Asks a neighbour of a slow one for a place beside those that we have, while there are not too many."""
+        peer = info.instance
+        if peer in self.active or peer in self._requests or peer == self.views.me.instance:
+            return
+        if len(self.active) + len(self._requests) >= self.config.active_most:
+            return
+        link = self._links.get(peer)
+        if link is not None:
+            self.request(link, now, instead=slow)
+        elif info.addresses and self._rests.get(peer, (now, 0.0))[0] <= now:
+            self._adopting[peer] = slow
+            self._requests[peer] = now + self.config.request_timeout
+            self._out.append(Dial(peer, info.addresses, slow))
+
+    def take_in(self, link: Link) -> bool:
+        """Makes a neighbour of a peer that asks as `adopt` does, unless there are too many."""
+        if link.peer not in self.active and len(self.active) >= self.config.active_most:
+            return False
+        self._accept(link, beyond=True)
+        return True
+
+    def shed(self) -> bool:
+        """Gives up a place above the usual that the tree does not use. Whether more are left above it."""
+        lazy = self.views.lazy
+        if lazy and len(self.active) > self.config.active_size:
+            self._part(self._rng.choice(lazy), "one of more neighbours than needed")
+        return len(self.active) > self.config.active_size
+
     # -- time -------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> float:
         """Shuffles, fills and forgets requests when due; returns when to come back."""
         for peer, until in list(self._requests.items()):
             if until <= now:
-                del self._requests[peer]
+                self._forget_request(peer)
         if self._next_fill <= now:
             self._fill(now)
             self._next_fill = now + self._fill_pause * (0.5 + self._rng.random())
@@ -420,20 +444,10 @@ class Membership:
         passive = [info for info, _ in self.passive.values() if info.addresses]
         sample = self._rng.sample(active, min(self.config.shuffle_active, len(active)))
         sample += self._rng.sample(passive, min(self.config.shuffle_passive, len(passive)))
-        self._send_shuffle(target, self.me, self.config.active_random_walk, sample)
+        self._send_shuffle(target, self.views.me, self.config.active_random_walk, sample)
 
     def _send_shuffle(self, peer: bytes, origin: PeerInfo, ttl: int, infos: list[PeerInfo]) -> None:
-        self._send(peer, Shuffle(self._known(origin, peer), ttl, self._told(infos, peer)))
-
-    def _known(self, info: PeerInfo, peer: bytes) -> PeerInfo:
-        return info if self.tells is None else self.tells(info, peer)
-
-    def _told(self, infos: list[PeerInfo], peer: bytes) -> list[PeerInfo]:
-        """What of these a neighbour is told."""
-        if self.tells is None:
-            return infos
-        told = [self.tells(info, peer) for info in infos]
-        return [info for info in told if info.addresses]
+        self._send(peer, Shuffle(self.views.known(origin, peer), ttl, self.views.told(infos, peer)))
 
     def _send(self, peer: bytes, frame: Frame) -> None:
         self._out.append(Send(peer, encode(frame)))

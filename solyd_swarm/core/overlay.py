@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, field
 
 from solyd_swarm.core import wire
+from solyd_swarm.core.adoption import Adoption
 from solyd_swarm.core.antientropy import AntiEntropy, AntiEntropyConfig
 from solyd_swarm.core.broadcast import Broadcast, BroadcastConfig
 from solyd_swarm.core.doubts import Doubts
@@ -43,7 +44,7 @@ from solyd_swarm.errors import RemoteProtocolError
 SETTLE_TIMEOUT = 3.0
 """Seconds after the first neighbour by which delivery begins even if no digest round has come to its end."""
 
-_NEIGHBOURLY = wire.Gossip | wire.Ihave | wire.Prune | wire.Shuffle | wire.ForwardJoin
+_NEIGHBOURLY = wire.Gossip | wire.Ihave | wire.Prune | wire.Shuffle | wire.ForwardJoin | wire.View
 """What is sent to neighbours only. (Grafts may answer an announcement of before.)"""
 _FREQUENT = wire.Gossip | wire.Transfer | wire.Ihave | wire.Ack
 
@@ -103,6 +104,7 @@ class Overlay:
         self.log = Log(window=config.window, max_bytes=config.max_bytes, ledger=ledger, on_drop=self._dropped)
         self.sequencer = Sequencer(replay=config.replay, gap_wait=config.gap_wait, max_waiting=config.max_bytes)
         self.membership = Membership(me, self._links, self._out, rng, config.membership, self._neighbor_up, self._neighbor_down)
+        self.adoption = Adoption(self.membership, self._out)
         active = self.membership.active
         self.doubts = Doubts(self.log.conceal, self.log.reveal)
         self.broadcast = Broadcast(active, self.log, self._out, author, lambda: self.epoch, config.broadcast, self.doubts)
@@ -238,20 +240,23 @@ class Overlay:
 
     def _neighbor_up(self, link: Link) -> None:
         self.healing.neighbor_up(link.peer)
+        self.adoption.changed(self._now)
         self.intake.trust(link.peer, self._now)
-        self.broadcast.neighbor_up(link)
+        self.broadcast.neighbor_up(link, self._now)
         link.covers_from(self.published)
         self.antientropy.pulls.seek(link, self._now)
         if self._settle_at is None and not self.sequencer.settled:
             self._settle_at = self._now + SETTLE_TIMEOUT
         # One of the two opens the first round; both would only do the work twice. A round that ended before we published more, or
         # while the link was idle, says nothing about that.
-        is_opener = self.membership.me.instance < link.peer
+        is_opener = self.membership.views.me.instance < link.peer
         if (is_opener and not self.antientropy.is_settled(link.peer)) or (self.antientropy.is_settled(link.peer) and link.lacks_round):
             self.antientropy.open_round(link, self._now)
 
     def _neighbor_down(self, link: Link) -> None:
         link.parted_at = self._now
+        self.adoption.neighbor_down(link.peer)
+        self.adoption.changed(self._now)
         self.broadcast.neighbor_down(link)
         if not self.membership.active:
             self.healing.alone(self._now)
@@ -262,6 +267,7 @@ class Overlay:
             link.congested = congested
             if congested:
                 link.eager = False  # once drained the tree decides: the peer grafts what it misses
+                self.adoption.congested(link, self._now)
 
     # -- frames -----------------------------------------------------------------------------------------------
 
@@ -305,6 +311,10 @@ class Overlay:
                 self.antientropy.handle(link, frame, now)
             case wire.Pull() | wire.Seek() | wire.Unmatched() | wire.Gone() | wire.GoneRun():
                 self.antientropy.handle(link, frame, now)
+            case wire.View():
+                self.adoption.heard(link, frame)
+            case wire.Neighbor() if frame.instead and self.adoption.asked(link, frame):
+                pass
             case wire.Leave():
                 self._link_down(link.peer, "left", now, failed=False)
             case _:
@@ -372,7 +382,8 @@ class Overlay:
         for giver in self.intake.release(now) if self.doubts else ():
             self.healing.divided(giver, now)
         times = (self.antientropy.tick(now), self.doubts.next, self.log.next_expiry(), self.sequencer.deadline, self._settle_at)
-        return min(self.membership.tick(now), self.healing.tick(now), *[time for time in times if time is not None])
+        parts = (self.membership.tick(now), self.adoption.tick(now), self.healing.tick(now))
+        return min(*parts, *[time for time in times if time is not None])
 
     def _acknowledge(self) -> None:
         if self._changes != self.log.changes:

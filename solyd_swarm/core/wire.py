@@ -91,10 +91,14 @@ class ForwardJoin(Frame, frozen=True, array_like=True):
 
 
 class Neighbor(Frame, frozen=True, array_like=True):
-    """Asks to be in the other's active view; with `high` priority it may not be refused."""
+    """Asks to be in the other's active view; with `high` priority it may not be refused.
+
+    `instead` names a neighbour of both (an instance key) that has stopped reading: the sender adopts those behind it.
+    """
 
     TYPE: ClassVar[int] = 0x22
     high: bool
+    instead: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 class NeighborReply(Frame, frozen=True, array_like=True):
@@ -133,6 +137,13 @@ class Leave(Frame, frozen=True, array_like=True):
     """The sender leaves the topic for good."""
 
     TYPE: ClassVar[int] = 0x27
+
+
+class View(Frame, frozen=True, array_like=True):
+    """The sender's neighbours but the receiver, which may adopt them should the sender stop reading; replaces the one before."""
+
+    TYPE: ClassVar[int] = 0x28
+    peers: Peers
 
 
 # -- broadcast (Plumtree, SRDS 2007, section 3) ---------------------------------------------------------------
@@ -304,7 +315,7 @@ class Proof(Frame, frozen=True, array_like=True):
 
 
 ALL_FRAMES: tuple[type[Frame], ...] = (
-    Join, ForwardJoin, Neighbor, NeighborReply, Shuffle, ShuffleReply, Disconnect, Leave,
+    Join, ForwardJoin, Neighbor, NeighborReply, Shuffle, ShuffleReply, Disconnect, Leave, View,
     Gossip, Ihave, Graft, Prune, Ack,
     Summary, InSync, Reconcile, Have, Done, Pull, Transfer, Gone, Proof, GoneRun, Seek, Unmatched,
 )  # fmt: skip

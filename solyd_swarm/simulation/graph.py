@@ -2,11 +2,8 @@
 
 import random
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 
-from solyd_swarm.simulation.network import Network
 from solyd_swarm.simulation.peer import Peer
 
 PATH_SOURCES = 64
@@ -51,49 +48,6 @@ def distances(edges: dict[int, list[int]], source: int) -> dict[int, int]:
                 found[other] = found[at] + 1
                 todo.append(other)
     return found
-
-
-Links = dict[int, list[Peer]]
-"""Further neighbours, by a peer's index."""
-
-
-def fastest(net: Network, known: Iterable[tuple[Peer, float]], without: Peer, more: Links | None = None) -> dict[int, float]:
-    """Seconds to each peer over the fastest way there is, by active views and mean latencies, that avoids one peer (Dijkstra, 1959).
-
-    Args:
-        known: peers that are reached anyway, and after how many seconds, whatever would be the fastest.
-        more: links that there might be, too.
-    """
-    more = more or {}
-    todo = [(seconds, peer.index, peer) for peer, seconds in known]
-    fixed = {index for _, index, _ in todo}
-    heapify(todo)
-    found: dict[int, float] = {}
-    while todo:
-        seconds, index, peer = heappop(todo)
-        if index in found:
-            continue
-        found[index] = seconds
-        for other in [net.find(id) for id in peer.overlay.neighbors] + more.get(index, []):
-            if other is not without and other.index not in found and other.index not in fixed:
-                heappush(todo, (seconds + net.mean_latency(peer, other), other.index, other))
-    return found
-
-
-def best_repair(net: Network, ways: dict[int, float], orphans: Iterable[Peer], givers: Iterable[Peer]) -> Links:
-    """For each that lost a link the best one that it could get, if it knew all: no giver has more than one to give.
-
-    Args:
-        ways: seconds after which givers are reached.
-        orphans: who chooses first comes first.
-    """
-    left, links = list(givers), Links()
-    for orphan in orphans:
-        if left:
-            giver = min(left, key=lambda peer: (ways[peer.index] + net.mean_latency(peer, orphan), peer.index))
-            left.remove(giver)
-            links.setdefault(giver.index, []).append(orphan)
-    return links
 
 
 def measure(peers: list[Peer], seed: int) -> Graph:

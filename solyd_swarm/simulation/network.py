@@ -262,13 +262,6 @@ class Network:
             return least + (most - least) * self.rng.random()
         return least + (most - least) * self._draw(one, other) + self.jitter * self.rng.random()
 
-    def mean_latency(self, one: Peer, other: Peer) -> float:
-        """Seconds that a frame takes between two peers, on average."""
-        least, most = self.latency
-        if self.jitter is None:
-            return (least + most) / 2
-        return least + (most - least) * self._draw(one, other) + self.jitter / 2
-
     def _draw(self, one: Peer, other: Peer) -> float:
         """A pair's place between the least latency and the most: the same whenever they meet."""
         low, high = sorted((one.index, other.index))
