@@ -1,5 +1,6 @@
 """What a capture of traffic says: its datagrams, its TCP streams put together again, and what to look for in them."""
 
+import re
 import struct
 from base64 import b32encode, b64encode, urlsafe_b64encode
 from collections.abc import Iterable
@@ -92,6 +93,12 @@ def peculiar(data: Iterable[bytes], usual: set[bytes]) -> set[bytes]:
     """
     starts = range(WINDOW - FIXED + 1)
     return {run for run in runs(data) if 0 not in run and not any(run[at : at + FIXED] in usual for at in starts)}
+
+
+def without_transactions(data: Iterable[bytes]) -> list[bytes]:
+    """Messages of the BitTorrent DHT without their transaction ids: of two random bytes, some are the same in any two captures, and they
+    stand between fixed ones."""
+    return [re.sub(rb"1:t2:..1:", b"1:t2:\0\0" b"1:", each, flags=re.DOTALL) for each in data]
 
 
 def spellings(name: str, value: bytes) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from captured import FIXED, Traffic, found, of_text, peculiar, read, runs, spellings
+from captured import FIXED, Traffic, found, of_text, peculiar, read, runs, spellings, without_transactions
 from hosts import Host, Lab, require
 from processes import Process
 
@@ -247,7 +247,8 @@ def test_the_capture_was_of_what_it_should_be(sessions: Sessions) -> None:
 def test_days_cannot_be_linked(sessions: Sessions) -> None:
     """What two captures of the same topics and authors, days apart, have in common is what any two captures have in common."""
     usual = runs(sessions.unrelated.traffic.mdns + sessions.unrelated.traffic.other, FIXED)
-    one, same_day, later = (peculiar(session.traffic.payloads, usual) for session in (sessions.one, sessions.same_day, sessions.later))
+    captures = (without_transactions(session.traffic.payloads) for session in (sessions.one, sessions.same_day, sessions.later))
+    one, same_day, later = (peculiar(payloads, usual) for payloads in captures)
     assert sessions.one.authors == sessions.same_day.authors == sessions.later.authors  # their identities are kept
     (_, (far, secret), *world) = sessions.one.topics.items()
     keys = DayKeys(derive_topic_key(far, secret), sessions.one.day)
