@@ -4,9 +4,9 @@ import pytest
 from simulated import Puppet, mesh
 
 from solyd_swarm.core import wire
-from solyd_swarm.core.adoption import SHED_PAUSE, TELL_PAUSE
+from solyd_swarm.core.adoption import ASK_PAUSE, SHED_PAUSE, TELL_PAUSE
 from solyd_swarm.core.antientropy import AntiEntropyConfig
-from solyd_swarm.core.events import Congested, Drained
+from solyd_swarm.core.events import Congested, Drained, LinkUp
 from solyd_swarm.core.membership import MembershipConfig
 from solyd_swarm.core.overlay import OverlayConfig
 from solyd_swarm.core.wire import PeerInfo
@@ -217,6 +217,43 @@ def test_made_up_views_cause_few_dials(seed: int) -> None:
     assert len(membership._adopting) == SIZES.active_most - SIZES.active_size
     scene.net.run(2 * SIZES.request_timeout)
     assert not membership._adopting
+
+
+def test_who_lags_now_and_then_has_us_dial_no_more_often(seed: int) -> None:
+    scene = Scene(seed)
+    asked = 0
+    for _ in range(100):
+        scene.tell(*scene.far[:4])
+        scene.net.feed(scene.peer, Congested(scene.slow.peer.id))
+        asked += len(scene.peer.overlay.membership._adopting)
+        scene.net.run(0.1)
+        scene.answer(*scene.far[:4], accepted=False)
+        scene.net.feed(scene.peer, Drained(scene.slow.peer.id))
+    assert asked == 4
+    scene.net.run(ASK_PAUSE)
+    scene.stop()
+    assert len(scene.far[0].heard_of(wire.Neighbor)) == 2
+
+
+def test_two_that_ask_one_another_both_make_room_for_nobody(seed: int) -> None:
+    """The other one's View may not have come yet; but we have asked it."""
+    scene = Scene(seed)
+    scene.tell(scene.far[0])
+    scene.stop()
+    del scene.peer.overlay.adoption._heard[scene.slow.peer.id]
+    scene.far[0].send(scene.peer, wire.Neighbor(False, scene.slow.peer.id))
+    scene.net.run(0.01)
+    assert scene.neighbors == [*scene.near, scene.far[0]]
+
+
+def test_a_channel_from_the_other_side_does_as_well(seed: int) -> None:
+    """Both dial, and one of the two channels stays."""
+    scene = Scene(seed)
+    scene.tell(scene.far[0])
+    scene.net.feed(scene.peer, Congested(scene.slow.peer.id))
+    scene.net.feed(scene.peer, LinkUp(scene.far[0].peer.id, scene.far[0].author, scene.far[0].peer.address, False))
+    assert scene.peer.overlay.membership._adopting
+    assert scene.far[0].peer.id in scene.peer.overlay.membership._requests
 
 
 def test_who_can_not_be_dialled_may_ask_all_the_same(seed: int) -> None:

@@ -15,6 +15,8 @@ from solyd_swarm.core.wire import Neighbor, PeerInfo, View, encode
 TELL_PAUSE = 2.0
 """Seconds from a change of the active view to telling it: while a swarm forms views change by the second, and a neighbour counts as
 slow after a second at the earliest."""
+ASK_PAUSE = 30.0
+"""Seconds until those behind one slow neighbour are asked again: bounds one that lags now and then so that we dial whom it makes up."""
 SHED_PAUSE = 30.0
 """Seconds from a change of the active view until a place more than usual is given up: by then a slow neighbour has been dropped, or
 reads again, and the tree has settled which links it uses."""
@@ -29,6 +31,7 @@ class Adoption:
         self._told: dict[bytes, bytes] = {}  # neighbour -> the last View sent to it
         # Neighbour -> its others, no more than it may have: bounds one that makes up many.
         self._heard: dict[bytes, list[PeerInfo]] = {}
+        self._asked: dict[bytes, float] = {}  # slow neighbour -> when those behind it were asked
         self._tell_at = inf
         self._shed_at = inf
 
@@ -41,6 +44,7 @@ class Adoption:
         """What it told of its neighbours, and was told of ours, is void."""
         self._told.pop(peer, None)
         self._heard.pop(peer, None)
+        self._asked.pop(peer, None)
 
     def heard(self, link: Link, frame: View) -> None:
         """A neighbour tells its others."""
@@ -55,11 +59,14 @@ class Adoption:
 
     def congested(self, slow: Link, now: float) -> None:
         """This neighbour has stopped reading, as it seems."""
-        active = self._membership.active
+        active, others = self._membership.active, self._heard.get(slow.peer)
         # Where most do not drain our own line is slow, and more links would make it slower.
-        if slow.up and 2 * sum(link.congested for link in active.values()) <= len(active):
-            for info in self._heard.get(slow.peer, ()):
-                self._membership.adopt(info, slow.peer, now)
+        line_is_slow = 2 * sum(link.congested for link in active.values()) > len(active)
+        if not slow.up or not others or line_is_slow or self._asked.get(slow.peer, -inf) + ASK_PAUSE > now:
+            return
+        self._asked[slow.peer] = now
+        for info in others:
+            self._membership.adopt(info, slow.peer, now)
 
     def tick(self, now: float) -> float:
         """Tells neighbours of a change, and gives up a place too many, when due; returns when to come back."""

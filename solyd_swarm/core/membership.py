@@ -138,7 +138,7 @@ class Membership:
         """A link has come up; who dialled it asks for a place."""
         instead = self._forget_request(link.peer)
         self.passive.pop(link.peer, None)
-        if link.initiated:
+        if link.initiated or instead:
             high, self._mixing = link.peer == self._mixing, b""
             self.request(link, now, high=high, instead=instead)
         elif self.has_room:
@@ -259,7 +259,7 @@ class Membership:
     def _answer(self, link: Link, frame: Neighbor) -> None:
         # Requests that cross are both granted: each side has sent a yes that the other takes at its word.
         if frame.high or link.peer in self.active or link.peer in self._requests or self.has_room:
-            self._accept(link)
+            self._accept(link, beyond=link.peer in self._adopting)
         else:
             self._send(link.peer, NeighborReply(False, self._others(link.peer)))
             self.views.remember(link.info, b"")
