@@ -376,6 +376,23 @@ async def test_slow_reader_builds_a_backlog_and_catches_up() -> None:
         assert dialled.progress_at >= dialled.opened_at
 
 
+async def test_a_backlog_that_grows_little_by_little_is_told_of() -> None:
+    """The transport has been full for long when our queue becomes so; and what comes after is no news."""
+    alice, bob = Owner(), Owner(on_ready=lambda channel: channel.pause())
+    async with connected(alice, bob) as (dialled, accepted):
+        count = 0
+        while dialled.backlog <= 2 * DEFAULT_LIMITS.high_mark and count < 2000:
+            dialled.send(bytes(20_000))
+            count += 1
+            await asyncio.sleep(0)
+        assert dialled.backlog > 2 * DEFAULT_LIMITS.high_mark
+        assert len(alice.backlogs) == 1
+        assert DEFAULT_LIMITS.high_mark < alice.backlogs[0] < DEFAULT_LIMITS.high_mark + 100_000
+        accepted.resume()
+        await bob.until(lambda: len(bob.frames) == count)
+        await alice.until(lambda: len(alice.backlogs) == 2)
+
+
 async def test_reader_without_progress_is_dropped() -> None:
     """Bob reads nothing, but is not silent: his keepalives arrive."""
     alice, bob = Owner(), Owner(on_ready=lambda channel: channel.pause())

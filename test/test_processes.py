@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 from peers import Got, PeerProcess, Peers
 
+from solyd_swarm.core.membership import MembershipConfig
+
+SIZES = MembershipConfig()
+
 
 def sessions(peer: PeerProcess, name: str) -> dict[tuple[str, int], list[Got]]:
     """What came from the processes of that name, by author and epoch, in order of arrival."""
@@ -99,7 +103,7 @@ def test_thirty_processes_while_edges_are_cut(peers: Peers) -> None:
     for peer in living:
         check_order(peer)
         assert len(peer.got) == total
-        assert peer.most_neighbours <= 5
+        assert peer.most_neighbours <= SIZES.active_most
     assert not any(peer.has_told("lagged") or peer.has_told("error") for peer in everyone)
 
 
@@ -122,6 +126,34 @@ def test_neither_a_slow_reader_nor_a_stopped_process_slows_the_others(peers: Pee
     check_order(stopped)
     check_order(slow)
     assert publisher.has_told("published", 2000)
+
+
+def test_who_is_behind_a_stopped_process_becomes_a_neighbour(peers: Peers) -> None:
+    publisher = peers.start_ready("publisher")
+    everyone = [publisher, *(peers.start(f"peer {n}", bootstrap=publisher.ticket) for n in range(13))]
+    by_id: dict[str, PeerProcess] = {}
+
+    def behind(peer: PeerProcess) -> set[str]:
+        """Neighbours of a neighbour that are none of the publisher's."""
+        return set(peer.neighbours) - {publisher.id} - set(publisher.neighbours)
+
+    def stands_between() -> bool:
+        by_id.update((peer.id, peer) for peer in everyone)
+        return len(publisher.neighbours) == SIZES.active_size and any(len(behind(by_id[id])) > 1 for id in publisher.neighbours)
+
+    peers.until(lambda: all(peer.id for peer in everyone) and stands_between(), what="the publisher's view is full")
+    publisher.tell("publish", 40, 0.1)  # meanwhile neighbours tell one another of theirs
+    peers.until(lambda: publisher.has_told("published") and stands_between(), what="the same, a while later")
+    stopped = max((by_id[id] for id in publisher.neighbours), key=lambda peer: len(behind(peer)))
+    stopped.signal(signal.SIGSTOP)
+    waiting = behind(stopped)
+    publisher.tell("publish", 400, 0.01, 50_000)
+    peers.until(lambda: bool(waiting & set(publisher.neighbours)) and publisher.most_neighbours > SIZES.active_size, what="they come over")
+    assert publisher.most_neighbours <= SIZES.active_most
+    others = [peer for peer in everyone[1:] if peer is not stopped]
+    peers.until(lambda: all(len(peer.got) == 440 for peer in others), what="all others have all")
+    for peer in others:
+        check_order(peer)
 
 
 def test_a_process_stopped_until_it_is_given_up_catches_up(peers: Peers) -> None:

@@ -362,7 +362,8 @@ class Channel(asyncio.BufferedProtocol):
     def _queued(self) -> None:
         if self._queue.size > self._limits.backlog:
             self.abort("too slow")
-        elif self._flusher is None and self._state is _State.OPEN and not self._writing_paused:
+        elif self._flusher is None and self._state is _State.OPEN and not (self._writing_paused and self._above_mark):
+            # Also where the transport takes nothing: somebody has to see the queue grow.
             self._flusher = self._loop.call_soon(self._flush)
 
     def _schedule_flush(self) -> None:
