@@ -2,7 +2,7 @@
 
 In a random graph of five links each, most of those two hops from an author have one neighbour that is one hop from it. Without that
 one every way left is a hop longer, whatever grafts and swaps do: only links that are not there yet help. So neighbours tell one another
-their other neighbours, and whoever has a queue that does not drain offers those behind it a place. Nobody loses one for that.
+their other neighbours, and whoever has a queue that does not drain offers those behind it a place beside the others.
 """
 
 from math import inf
@@ -16,7 +16,8 @@ TELL_PAUSE = 2.0
 """Seconds from a change of the active view to telling it: while a swarm forms views change by the second, and a neighbour counts as
 slow after a second at the earliest."""
 ASK_PAUSE = 30.0
-"""Seconds until those behind one slow neighbour are asked again: bounds one that lags now and then so that we dial whom it makes up."""
+"""Seconds until those behind one slow neighbour are asked again: bounds one that lags now and then so that we dial whom it makes up.
+Not one that leaves and joins in between."""
 SHED_PAUSE = 30.0
 """Seconds from a change of the active view until a place more than usual is given up: by then a slow neighbour has been dropped, or
 reads again, and the tree has settled which links it uses."""
