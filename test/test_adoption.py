@@ -1,4 +1,4 @@
-"""Whoever is behind a neighbour that has stopped reading gets a link to whoever is before it; nobody loses a place for that."""
+"""Whoever is behind a neighbour that has stopped reading gets a link to whoever is before it, beside what either has."""
 
 import pytest
 from simulated import Puppet, mesh

@@ -10,9 +10,9 @@ SOLO = 16
 USUAL_FADING = 0.97
 """Per envelope: what a lag was while the swarm formed says nothing about failures a hundred envelopes later."""
 FALL = 0.1
-"""Share by which the age on arrival falls where a shorter way has opened; and by at least"""
+"""Share by which the age on arrival falls, at least, where a shorter way has opened: less is hardly worth a race."""
 LEAST_FALL = 0.002
-"""seconds, for ages are told in milliseconds."""
+"""The same in seconds: ages are told in whole milliseconds, and rounded at every hop."""
 FALL_SAMPLES = 3
 """Envelopes that were all older than that: one that was late by chance is followed by one that seems early."""
 GRAFT_HOPS = 20
